@@ -1,0 +1,35 @@
+# make demo | test | check | bench | proto | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# For a CPU-only PyTorch on Linux: make PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" demo
+PIP_ARGS ?=
+
+.PHONY: demo test check bench proto clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_ARGS) "torch==2.13.0"
+	$(BIN)/pip install -q --no-deps "crypten==0.4.1"
+	$(BIN)/pip install -q $(PIP_ARGS) -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/relucent-bench demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/relucent-bench latency
+
+proto: $(VENV)/installed
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protocol/relucent.proto
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

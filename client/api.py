@@ -1,0 +1,293 @@
+"""The client's Python API."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.delta_cache import DeltaCache, default_folder
+from protocol import relucent_pb2 as pb
+from protocol import relucent_pb2_grpc as rpc
+from protocol import ring
+from protocol.dealing import DealtToClient
+from protocol.errors import InputError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
+from protocol.inference import encode_images
+from protocol.material import ClientContents, Material
+from protocol.model import MAX_PUBLIC_BYTES, PublicModel
+from protocol.online import online_client
+from protocol.plan import Plan, make_plan, weight_shapes
+from protocol.preprocessing import preprocess_client
+from protocol.prg import Seed
+from protocol.transport import RequestQueue, connect, next_message, translate
+from protocol.wire import (
+    FRAME_BYTES,
+    ID_BYTES,
+    PROTOCOL_VERSION,
+    SECRET_BYTES,
+    ChunkChannel,
+    ChunkReceiver,
+    ChunkSender,
+    check_bytes,
+    check_version,
+)
+
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's result: class index and name, and the real logits, which only the client learns."""
+
+    index: int
+    label: str
+    logits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Time and traffic of one phase, protobuf and gRPC framing included. Bytes as this client saw them.
+
+    dealer_to_server_bytes: as the server reported them; preprocessing only.
+    """
+
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    rounds: int = 0
+    dealer_bytes: int = 0
+    dealer_to_server_bytes: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class _Prepared:
+    material: Material[ClientContents]
+    secret: bytes
+
+
+class Client:
+    """A connection to a server and its dealer.
+
+    Security contract: the server learns neither images nor results, the client nothing of the weights but the
+    logits; semi-honest parties, and the dealer colludes with nobody. Every preprocessed material serves one batch.
+
+    Args:
+        server, dealer: "host:port".
+        insecure: accept plaintext transport; there is no other yet.
+        cache: folder for Delta; None for the user's cache folder.
+        timeout_s: deadline of every call.
+
+    Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
+    """
+
+    def __init__(self, server: str, dealer: str, *, insecure: bool = False, cache: Path | None = None,
+                 timeout_s: float = 300.0) -> None:
+        self._timeout_s = timeout_s
+        self._channels = [connect(server, insecure), connect(dealer, insecure)]
+        self._server, self._dealer = rpc.InferenceStub(self._channels[0]), rpc.DealingStub(self._channels[1])
+        self._cache = DeltaCache(cache or default_folder())
+        self._stock: dict[int, deque[_Prepared]] = {}
+        self._plans: dict[int, Plan] = {}
+        self.model: PublicModel
+        self.last_online: PhaseCost | None = None
+        self.last_preprocessing: PhaseCost | None = None
+        try:
+            self._load()
+        except BaseException:
+            self._close_channels()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Tell the server to drop unused material and close the connections."""
+        left = [p for stock in self._stock.values() for p in stock]
+        self._stock.clear()
+        for prepared in left:
+            prepared.material.destroy()
+        if left:
+            request = pb.DiscardRequest(material_ids=[p.material.material_id for p in left],
+                                        client_secrets=[p.secret for p in left])
+            try:
+                self._server.Discard(request, timeout=5)
+            except grpc.RpcError:
+                pass  # the server forgets it by itself in time
+        self._close_channels()
+
+    def _close_channels(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    # --- the model --------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Fetch the offer, the public model and Delta."""
+        try:
+            offer = self._server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=min(20.0, self._timeout_s))
+        except grpc.RpcError as error:
+            raise translate(error, "the server") from None
+        check_version(offer.protocol_version)
+        if offer.public_bytes > MAX_PUBLIC_BYTES:
+            raise ProtocolViolation("the server announces a public model that is too large")
+        request = pb.FetchRequest(protocol_version=PROTOCOL_VERSION, model_id=offer.model_id)
+        self.model = PublicModel.from_bytes(self._fetch(self._server.FetchPublic, request, offer.public_bytes))
+        if self.model.model_id != offer.model_id:
+            raise ModelMismatch("the server's public model does not have the announced id")
+        self._plans = {1: make_plan(self.model, 1)}
+        shapes = weight_shapes(self.model)
+        if offer.delta_bytes != sum(ring.ELEMENT_BYTES * torch.Size(s).numel() for s in shapes.values()):
+            raise ProtocolViolation("the server announces a Delta that does not fit its model")
+        delta_id = check_bytes(offer.delta_id, 32, "the Delta id")
+
+        def fetch_delta() -> bytes:
+            data = self._fetch(self._server.FetchDelta, request, offer.delta_bytes)
+            if hashlib.sha256(data).digest() != delta_id:
+                raise ProtocolViolation("Delta does not have the announced checksum")
+            return data
+
+        data = memoryview(self._cache.get(offer.model_id, delta_id, offer.delta_bytes, fetch_delta))
+        self._delta: dict[str, Tensor] = {}
+        position = 0
+        for name, shape in shapes.items():
+            size = ring.ELEMENT_BYTES * torch.Size(shape).numel()
+            self._delta[name] = ring.from_bytes(data[position : position + size], shape)
+            position += size
+        self._delta_id, self._registration_id, self.max_batch = delta_id, offer.registration_id, int(offer.max_batch)
+
+    def _fetch(self, call: Callable[..., Iterator[pb.Chunk]], request: pb.FetchRequest, length: int) -> bytes:
+        chunks = call(request, timeout=self._timeout_s)
+        return bytes(ChunkReceiver(lambda: next_message(chunks, "the server")).receive(length))
+
+    def _plan(self, batch: int) -> Plan:
+        if not 1 <= batch <= self.max_batch:
+            raise InputError(f"the batch must lie in 1..{self.max_batch}, got {batch}")
+        if batch not in self._plans:
+            self._plans[batch] = make_plan(self.model, batch)
+        return self._plans[batch]
+
+    # --- preprocessing ------------------------------------------------------------------------------------------------
+
+    def prepared(self, batch: int = 1) -> int:
+        """Inferences of this batch size that are ready to run."""
+        return len(self._stock.get(batch, ()))
+
+    def preprocess(self, n: int = 1, batch: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Prepare `n` inferences of `batch` images ahead. `progress(done)` is called after each."""
+        for done in range(n):
+            try:
+                prepared = self._preprocess_once(self._plan(batch))
+            except ModelMismatch:  # the server has registered anew; its Delta has changed
+                self._load()
+                prepared = self._preprocess_once(self._plan(batch))
+            self._stock.setdefault(batch, deque()).append(prepared)
+            progress(done + 1)
+
+    def _preprocess_once(self, plan: Plan) -> _Prepared:
+        started = time.perf_counter()
+        secret = secrets.token_bytes(SECRET_BYTES)
+        client_id = hashlib.sha256(secret).digest()
+        up: RequestQueue[pb.PreprocessUp] = RequestQueue()
+        up.put(pb.PreprocessUp(open=pb.PreprocessOpen(
+            protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id, delta_id=self._delta_id, batch=plan.batch,
+            client_id=client_id)))
+        sender = ChunkSender(lambda chunk: up.put(pb.PreprocessUp(chunk=chunk)))
+        replies = self._server.Preprocess(iter(up), timeout=self._timeout_s)
+        dealt: Any = None
+        try:
+            material_id = check_bytes(next_message(replies, "the server").material_id, ID_BYTES, "the material id")
+            dealt = self._dealer.FetchMaterial(pb.MaterialRequest(
+                protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id, registration_id=self._registration_id,
+                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret), timeout=self._timeout_s)
+            try:
+                seed = Seed(check_bytes(next_message(dealt, "the dealer").seed, SECRET_BYTES, "the seed"))
+                source = ChunkReceiver(lambda: next_message(dealt, "the dealer").chunk)
+                contents = preprocess_client(plan, self._delta, DealtToClient(plan, seed, source), sender)
+            except RelucentError as error:
+                raise self._first_cause(replies, error) from None
+            up.close()
+            reply = next_message(replies, "the server")
+            if reply.WhichOneof("kind") != "ready":
+                raise ProtocolViolation("the server did not confirm the material")
+        except BaseException:
+            replies.cancel()
+            raise
+        finally:
+            up.close()
+            if dealt is not None:
+                dealt.cancel()
+        self.last_preprocessing = PhaseCost(
+            time.perf_counter() - started, sender.bytes, ID_BYTES + 2 * FRAME_BYTES, 1, source.bytes, int(reply.ready.dealer_bytes))
+        return _Prepared(Material(material_id, plan, contents), secret)
+
+    def _first_cause(self, replies: Any, error: RelucentError) -> RelucentError:
+        """If the server has failed the call, its reason explains more than the dealer's."""
+        deadline = threading.Event()
+        for _ in range(20):
+            if replies.done():
+                try:
+                    next_message(replies, "the server")
+                except RelucentError as cause:
+                    return error if type(cause) is PeerError else cause
+            deadline.wait(0.05)
+        return error
+
+    # --- online -------------------------------------------------------------------------------------------------------
+
+    def predict(self, images: Tensor | np.ndarray[Any, Any]) -> list[Prediction]:
+        """Classify images privately, uint8 (N, *model.input_shape). Uses prepared material, or preprocesses first.
+
+        One batch of N if N is at most the server's maximum, else several. Raises InputError for another shape or type.
+        """
+        tensor = torch.as_tensor(images)
+        encode_images(tensor[:1], self.model)  # refuse before anything is spent
+        results: list[Prediction] = []
+        for part in tensor.split(self.max_batch):
+            logits = self._infer(part)
+            results += [self._prediction(row) for row in logits]
+        return results
+
+    def _prediction(self, row: Tensor) -> Prediction:
+        index = int(row.argmax())
+        return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()))
+
+    def _infer(self, images: Tensor) -> Tensor:
+        batch = len(images)
+        if not self.prepared(batch):
+            self.preprocess(1, batch)
+        prepared = self._stock[batch].popleft()
+        plan = prepared.material.plan
+        started = time.perf_counter()
+        x_ring = encode_images(images, self.model)
+        up: RequestQueue[pb.InferUp] = RequestQueue()
+        up.put(pb.InferUp(open=pb.InferOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id,
+                                            material_id=prepared.material.material_id, client_secret=prepared.secret)))
+        replies = self._server.Infer(iter(up), timeout=self._timeout_s)
+        sender = ChunkSender(lambda chunk: up.put(pb.InferUp(chunk=chunk)))
+        receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
+        try:
+            result = online_client(prepared.material, x_ring, ChunkChannel(sender, receiver))
+        except BaseException:
+            replies.cancel()
+            raise
+        finally:
+            up.close()
+            prepared.material.destroy()
+        seconds = time.perf_counter() - started
+        self.last_online = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds)
+        return ring.decode(result, plan.output_scale)

@@ -1,0 +1,48 @@
+"""Images from files: decoded, brought to RGB and to the model's size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from protocol.errors import InputError
+
+MAX_PIXELS = 64_000_000
+
+
+def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+    """One image as uint8 of `shape` (C, H, W), and a note on what was changed, empty if nothing was.
+
+    Another size is resized to HxW (bicubic, aspect ratio not kept); grey becomes RGB; alpha is laid over black.
+    Raises InputError for a missing file or one that is no image.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise InputError(f"the model takes inputs of shape {shape}, which are no images", "use the Python API")
+    notes = []
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"{path} is larger than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
+            image.load()
+            if "A" in image.getbands() or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)  # type: ignore[assignment]
+                notes.append("transparency laid over black")
+            mode = "RGB" if shape[0] == 3 else "L"
+            if image.mode != mode and not (notes and mode == "RGB"):
+                notes.append(f"converted from {image.mode} to {mode}")
+            converted = image.convert(mode)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist", "check the path") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no readable image", "use PNG, JPEG or another format that Pillow reads") from error
+    if converted.size != (shape[2], shape[1]):
+        notes.append(f"resized from {converted.width}x{converted.height} to {shape[2]}x{shape[1]}")
+        converted = converted.resize((shape[2], shape[1]), Image.Resampling.BICUBIC)
+    pixels = np.array(converted, dtype=np.uint8)
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(planes)), ", ".join(notes)

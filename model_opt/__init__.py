@@ -1,0 +1,1 @@
+"""Model optimisation: training, ReLU reduction and compilation to the model file that the protocol runs."""

@@ -1,0 +1,292 @@
+"""Compile a trained PyTorch network to the model file that the protocol runs.
+
+torch.fx traces the network; dropout and identities vanish, BatchNorm folds into the layer before it, ReLUs and partial
+activations become activation nodes; calibration on sample images then chooses the fixed-point formats. The nodes
+form the `crypten.nn.Graph` that `protocol.crypten_adapter.build_graph` makes in every role.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from model_opt.activation import PartialActivation, replace_relus
+from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
+from protocol.plan import make_plan
+from protocol.ring import RING_BITS
+from protocol.simulation import Simulation, simulate
+
+SUPPORTED = ("Conv2d", "Linear", "BatchNorm2d", "BatchNorm1d", "ReLU", "PartialActivation", "addition", "AvgPool2d",
+             "AdaptiveAvgPool2d", "MaxPool2d", "Flatten", "Dropout", "Identity")
+FAILURE_TARGET = 2.0**-14
+RANGE_MARGIN = 4.0
+"""A ReLU's input may be this many times larger than any seen in calibration before its comparison fails."""
+MAGNITUDE_MARGIN = 2.0
+
+
+class CompileError(Exception):
+    """The network cannot be compiled. The message names the layer, its place, and what is supported."""
+
+
+def _unsupported(what: str, where: str, why: str = "") -> CompileError:
+    return CompileError(f"{what} at {where!r} is not supported{': ' + why if why else ''}; supported: {', '.join(SUPPORTED)}")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PartialActivation) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class _Draft:
+    """A node under construction: public attributes and private real tensors."""
+
+    name: str
+    op: str
+    inputs: list[str]
+    attrs: dict[str, Any]
+    tensors: dict[str, Tensor]
+    where: str
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
+
+
+class _Lowering:
+    """Walks a traced graph and drafts nodes; `alias` maps fx nodes to the drafted value they stand for."""
+
+    def __init__(self, traced: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.traced, self.shapes = traced, shapes
+        self.drafts: dict[str, _Draft] = {}
+        self.alias: dict[str, str] = {}
+        self.uses: dict[str, int] = {}
+
+    def run(self) -> list[_Draft]:
+        for node in self.traced.graph.nodes:
+            if node.op == "placeholder":
+                if "input" in self.alias.values():
+                    raise CompileError("the network takes more than one input; exactly one image is supported")
+                self.alias[node.name] = "input"
+            elif node.op == "output":
+                if not isinstance(node.args[0], fx.Node):
+                    raise CompileError("the network returns more than one tensor; exactly one is supported")
+                last = self.alias[node.args[0].name]
+                if not self.drafts or last != next(reversed(self.drafts)):
+                    raise CompileError("the network's output is not its last layer")
+            elif node.op == "call_module":
+                self._module(node, self.traced.get_submodule(str(node.target)), str(node.target))
+            elif node.op in ("call_function", "call_method"):
+                self._function(node)
+            else:
+                raise _unsupported(f"a {node.op} node", node.name)
+        return list(self.drafts.values())
+
+    def _input(self, node: fx.Node, index: int = 0) -> str:
+        argument = node.args[index]
+        if not isinstance(argument, fx.Node):
+            raise _unsupported("an operation with a constant", node.name)
+        return self.alias[argument.name]
+
+    def _shape(self, node: fx.Node, index: int = 0) -> tuple[int, ...]:
+        argument = node.args[index]
+        assert isinstance(argument, fx.Node)
+        return self.shapes[argument.name]
+
+    def _emit(self, node: fx.Node, op: str, inputs: list[str], where: str, attrs: dict[str, Any] | None = None,
+              **tensors: Tensor) -> None:
+        self.alias[node.name] = node.name
+        self.drafts[node.name] = _Draft(node.name, op, inputs, attrs or {}, tensors, where)
+
+    def _module(self, node: fx.Node, module: nn.Module, where: str) -> None:
+        kind = type(module).__name__
+        source = self._input(node)
+        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Identity)):
+            self.alias[node.name] = source
+        elif isinstance(module, nn.Conv2d):
+            if module.padding_mode != "zeros" or isinstance(module.padding, str):
+                raise _unsupported(kind, where, "only numeric zero padding")
+            bias = module.bias if module.bias is not None else torch.zeros(module.out_channels)
+            attrs = {"shape": list(module.weight.shape), "stride": _pair(module.stride), "padding": _pair(module.padding),
+                     "dilation": _pair(module.dilation), "groups": module.groups}
+            self._emit(node, "conv2d", [source], where, attrs, weight=module.weight.double(), bias=bias.double())
+        elif isinstance(module, nn.Linear):
+            if len(self._shape(node)) != 2:
+                raise _unsupported(kind, where, "its input must be flat; put a Flatten before it")
+            bias = module.bias if module.bias is not None else torch.zeros(module.out_features)
+            self._emit(node, "linear", [source], where, {"shape": list(module.weight.shape)},
+                       weight=module.weight.double(), bias=bias.double())
+        elif isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            self._batch_norm(node, module, source, where)
+        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+            self._pool(node, module, source, where)
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            self._adaptive_pool(node, module, source, where)
+        elif isinstance(module, nn.Flatten):
+            if module.start_dim != 1 or module.end_dim != -1:
+                raise _unsupported(kind, where, "only start_dim=1, end_dim=-1")
+            self._emit(node, "flatten", [source], where)
+        elif isinstance(module, PartialActivation):
+            self._activation(node, module, source, where)
+        else:
+            raise _unsupported(kind, where)
+
+    def _batch_norm(self, node: fx.Node, module: nn.BatchNorm2d | nn.BatchNorm1d, source: str, where: str) -> None:
+        if module.running_mean is None or module.running_var is None:
+            raise _unsupported("BatchNorm without running statistics", where)
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight.double()
+        shift = -module.running_mean.double() * scale
+        if module.bias is not None:
+            shift = shift + module.bias.double()
+        draft = self.drafts.get(source)
+        argument = node.args[0]
+        assert isinstance(argument, fx.Node)
+        if draft is not None and draft.op in ("conv2d", "linear") and len(argument.users) == 1:
+            weight = draft.tensors["weight"]
+            draft.tensors["weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            draft.tensors["bias"] = draft.tensors["bias"] * scale + shift
+            self.alias[node.name] = source
+            return
+        shape = self._shape(node)
+        if len(shape) != 4:
+            raise _unsupported("BatchNorm", where, "it does not follow a convolution or linear layer directly")
+        channels = shape[1]  # a depthwise 1x1 convolution: a private scale per channel
+        attrs = {"shape": [channels, 1, 1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": channels}
+        self._emit(node, "conv2d", [source], where, attrs, weight=scale.view(-1, 1, 1, 1), bias=shift)
+
+    def _pool(self, node: fx.Node, module: nn.MaxPool2d | nn.AvgPool2d, source: str, where: str) -> None:
+        kernel = _pair(module.kernel_size)
+        stride = _pair(module.stride if module.stride is not None else module.kernel_size)
+        if module.ceil_mode or getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "return_indices", False):
+            raise _unsupported(type(module).__name__, where, "ceil_mode, dilation and return_indices")
+        padding = _pair(module.padding)
+        if isinstance(module, nn.AvgPool2d) and (module.divisor_override or (padding != [0, 0] and not module.count_include_pad)):
+            raise _unsupported("AvgPool2d", where, "divisor_override, or padding that is not counted")
+        op = "max_pool2d" if isinstance(module, nn.MaxPool2d) else "avg_pool2d"
+        self._emit(node, op, [source], where, {"kernel": kernel, "stride": stride, "padding": padding})
+
+    def _adaptive_pool(self, node: fx.Node, module: nn.AdaptiveAvgPool2d, source: str, where: str) -> None:
+        height, width = self._shape(node)[2:]
+        target = module.output_size if isinstance(module.output_size, tuple) else (module.output_size,) * 2
+        rows, columns = (target[0] or height), (target[1] or width)
+        if height % rows or width % columns:
+            raise _unsupported("AdaptiveAvgPool2d", where, f"{height}x{width} does not divide into {rows}x{columns}")
+        kernel = [height // rows, width // columns]
+        self._emit(node, "avg_pool2d", [source], where, {"kernel": kernel, "stride": kernel, "padding": [0, 0]})
+
+    def _activation(self, node: fx.Node, module: PartialActivation, source: str, where: str) -> None:
+        if not bool((module.mask != 0).any()):
+            self.alias[node.name] = source  # nothing but identities: no layer, no round
+            return
+        attrs = {"c2_shift": int(module.c2_shift)}
+        self._emit(node, "activation", [source], where, attrs, mask=module.mask,
+                   c1=module.c1.double().flatten(), c0=module.c0.double().flatten())
+
+    def _function(self, node: fx.Node) -> None:
+        if node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and not node.kwargs:
+            a, b = self._input(node, 0), self._input(node, 1)
+            if self._shape(node, 0) != self._shape(node, 1):
+                raise _unsupported("an addition with broadcasting", node.name)
+            if a == b:
+                raise _unsupported("adding a value to itself", node.name)
+            self._emit(node, "add", [a, b], node.name)
+        elif node.target in (torch.flatten, "flatten") and tuple(node.args[1:]) == (1,) and not node.kwargs:
+            self._emit(node, "flatten", [self._input(node)], node.name)
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            raise _unsupported(f"the operation {name!r}", node.name)
+
+
+def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[_Draft]:
+    try:
+        traced = fx.GraphModule(model, _Tracer().trace(model))
+    except Exception as error:
+        raise CompileError(f"torch.fx cannot trace the network: {error}; write its forward without data-dependent control flow"
+                           ) from error
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                shapes[n.name] = tuple(result.shape)
+            return result
+
+    try:
+        Recorder(traced).run(torch.zeros(1, *input_shape))
+    except Exception as error:
+        raise CompileError(f"the network does not run on an input of shape {input_shape}: {error}") from error
+    return _Lowering(traced, shapes).run()
+
+
+def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes: tuple[str, ...], mean: tuple[float, ...],
+                  std: tuple[float, ...], progress: Callable[[str], None] = lambda _: None) -> Model:
+    """Compile a trained network.
+
+    Args:
+        network: any module that torch.fx can trace; nn.ReLU and PartialActivation are its activations.
+        calibration: normalised images (N, *input_shape), float; they choose the number formats.
+        mean, std: per channel, in units of pixel / 255; the client normalises with them.
+
+    Raises CompileError.
+    """
+    if calibration.dim() < 2 or len(calibration) == 0:
+        raise CompileError("calibration needs at least one image")
+    input_shape = tuple(calibration.shape[1:])
+    network = replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
+    with torch.no_grad():
+        drafts = _trace(network, input_shape)
+    nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)
+    masks = {d.name: d.tensors.pop("mask").clone() for d in drafts if d.op == "activation"}
+    reals = {f"{d.name}.{k}": v.detach() for d in drafts for k, v in d.tensors.items()}
+    public = PublicModel(name, input_shape, nodes, FixedPoint(8, 8, 62, 1.0), classes, mean, std, masks, "0" * 64)
+    make_plan(public, 1)
+    return _calibrate(public, reals, calibration, progress)
+
+
+def quantise(public: PublicModel, reals: dict[str, Tensor], salt: Tensor) -> Model:
+    """Weights as integers with f_w fractional bits in the smallest type, the salt, and the digest over all of it."""
+    private: dict[str, Tensor] = {"salt": salt}
+    for key, value in reals.items():
+        if key.endswith(".weight"):
+            integers = torch.round(value * 2.0**public.fixed_point.weight_bits).long()
+            largest = int(integers.abs().max())
+            private[key] = integers.to(torch.int16 if largest < 1 << 15 else torch.int32 if largest < 1 << 31 else torch.int64)
+        else:
+            private[key] = value.float()
+    return Model(replace(public, private_digest=tensors_digest(private).hex()), private)
+
+
+def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, progress: Callable[[str], None]) -> Model:
+    """Choose the largest f_a = f_w - 1 whose failure bound meets FAILURE_TARGET, and n from the ranges seen.
+
+    An element y is spoilt by local truncation with probability at most |y| 2^-63; the bound sums this over every
+    truncated element of the worst calibration image, with MAGNITUDE_MARGIN.
+    """
+    salt = torch.frombuffer(bytearray(secrets.token_bytes(32)), dtype=torch.uint8)
+    for activation_bits in range(14, 5, -1):
+        point = FixedPoint(activation_bits, activation_bits + 1, 62, 1.0)
+        model = quantise(replace(public, fixed_point=point), reals, salt)
+        seen = Simulation(point)
+        progress(f"calibrating f_a = {activation_bits}")
+        for start in range(0, len(images), 50):
+            part = Simulation(point)
+            simulate(model, images[start : start + 50], part)
+            seen.truncated_magnitude = max(seen.truncated_magnitude, part.truncated_magnitude)
+            seen.largest_compared = max(seen.largest_compared, part.largest_compared)
+        bound = MAGNITUDE_MARGIN * seen.truncated_magnitude * 2.0 ** (1 - RING_BITS)
+        if bound <= FAILURE_TARGET:
+            n = max(int(RANGE_MARGIN * seen.largest_compared).bit_length() + 1, 4)
+            point = FixedPoint(activation_bits, activation_bits + 1, n, bound)
+            return quantise(replace(public, fixed_point=point), reals, salt)
+    raise CompileError("the activations are too large for the ring at any supported precision; is the network trained and "
+                       "are the calibration images normalised?")

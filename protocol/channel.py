@@ -1,0 +1,78 @@
+"""Ordered byte messages between two parties, and the in-memory pair that tests and simulations use."""
+
+from __future__ import annotations
+
+import queue
+from typing import Protocol
+
+from protocol.errors import PeerError, PeerTimeout, ProtocolViolation
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Sender(Protocol):
+    """One direction of a connection, the sending end."""
+
+    def send(self, *parts: Buffer) -> None:
+        """Send one message, the concatenation of `parts`. The parts may be reused as soon as it returns."""
+
+
+class Receiver(Protocol):
+    """One direction of a connection, the receiving end."""
+
+    def receive(self, length: int) -> bytearray:
+        """The next message. Raises ProtocolViolation unless it has exactly `length` bytes, PeerError if the peer is gone."""
+
+
+class MemoryPipe:
+    """Both ends of one direction in one process; counts bytes and messages."""
+
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        self._queue: queue.Queue[bytes | None] = queue.Queue()
+        self._timeout_s = timeout_s
+        self.bytes = 0
+        self.messages = 0
+
+    def send(self, *parts: Buffer) -> None:
+        data = b"".join(parts)
+        self.bytes += len(data)
+        self.messages += 1
+        self._queue.put(data)
+
+    def receive(self, length: int) -> bytearray:
+        try:
+            data = self._queue.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise PeerTimeout("no message within the deadline") from None
+        if data is None:
+            raise PeerError("the peer closed the connection")
+        if len(data) != length:
+            raise ProtocolViolation(f"a message has {len(data):,} bytes where {length:,} are due")
+        return bytearray(data)
+
+    def close(self) -> None:
+        """Make the receiving end fail with PeerError once all messages are read."""
+        self._queue.put(None)
+
+
+class MemoryChannel:
+    """One party's end of a two-way connection in one process."""
+
+    def __init__(self, outgoing: MemoryPipe, incoming: MemoryPipe) -> None:
+        self.outgoing, self.incoming = outgoing, incoming
+
+    def send(self, *parts: Buffer) -> None:
+        self.outgoing.send(*parts)
+
+    def receive(self, length: int) -> bytearray:
+        return self.incoming.receive(length)
+
+
+def memory_pair() -> tuple[MemoryChannel, MemoryChannel]:
+    """Two connected ends."""
+    there, back = MemoryPipe(), MemoryPipe()
+    return MemoryChannel(there, back), MemoryChannel(back, there)
+
+
+class Channel(Sender, Receiver, Protocol):
+    """Both directions of a connection."""

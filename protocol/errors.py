@@ -1,0 +1,66 @@
+"""Every error that Relucent raises on purpose.
+
+RelucentError
+├── InputError             the user's own input: file, image, option
+│   └── ModelFileError     a model file is missing, damaged, or of another version
+├── ProtocolViolation      the peer broke the protocol; the session is destroyed
+├── MaterialError          preprocessing material is unknown, used, expired, or of another model
+├── ModelMismatch          the parties hold different models or an outdated Delta
+├── VersionMismatch        the peer speaks another protocol version
+├── ResourceLimit          the peer refuses for now: too much work or memory
+├── StorageError           a file cannot be written: disk full, no permission
+└── PeerError              the peer is unreachable, gone, or failed inside
+    └── PeerTimeout        a deadline passed
+
+Messages never contain a share, a mask, a key, an input or a weight.
+"""
+
+from __future__ import annotations
+
+
+class RelucentError(Exception):
+    """Base class. `hint` says what the reader can do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(RelucentError):
+    """The user's own input is wrong."""
+
+
+class ModelFileError(InputError):
+    """A model file is missing, damaged, or of another version."""
+
+
+class ProtocolViolation(RelucentError):
+    """The peer sent what the protocol does not allow here."""
+
+
+class MaterialError(RelucentError):
+    """Preprocessing material cannot be used."""
+
+
+class ModelMismatch(RelucentError):
+    """The parties hold different models."""
+
+
+class VersionMismatch(RelucentError):
+    """The peer speaks another protocol version."""
+
+
+class ResourceLimit(RelucentError):
+    """The peer refuses for now."""
+
+
+class StorageError(RelucentError):
+    """A file cannot be written."""
+
+
+class PeerError(RelucentError):
+    """The peer is unreachable, gone, or failed inside."""
+
+
+class PeerTimeout(PeerError):
+    """A deadline passed."""

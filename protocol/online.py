@@ -1,0 +1,158 @@
+"""The online phase (protocol section 6): one round trip per activation layer.
+
+Client to server: the masked input x - r_0, then M = y_C - r' per activation layer. Server to client: d per activation
+layer, then its share of the logits. d is masked by alpha or A, M and the input by fresh masks, so that each party sees
+uniform ring elements only; the logits are revealed to the client alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocol import dcf, ring
+from protocol.channel import Channel
+from protocol.crypten_adapter import build_graph, register_cryptensor
+from protocol.material import ClientActivation, ClientContents, Material, ReluShare, ServerContents
+from protocol.model import ActivationLayer, FixedPoint
+from protocol.plan import Plan
+from protocol.preprocessing import gather, put
+from protocol.ring import ELEMENT_BYTES, Party
+from protocol.tensor import Constant, RingTensor, Weight, per_pixel
+
+
+def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
+    """This party's share of ReLU(d - A), flat int64; protocol section 5.
+
+    Args:
+        d: opened z + A, flat. bits: what the DCF compares, n - 1.
+    """
+    points = d.numpy().view(np.uint64)
+    low = points & np.uint64((1 << bits) - 1)
+    values = np.empty((len(points), 2), dtype=np.uint64)
+    start = 0
+    for keys in relu.keys:
+        part = slice(start, start + len(keys))
+        values[part] = dcf.evaluate(keys, low[part])
+        start += len(keys)
+    v1, v2 = torch.from_numpy(values.view(np.int64)).unbind(1)
+    core = d * (v1 - relu.sign) + relu.masked_sign - v2
+    negative_half = ((d >> bits) & 1).bool()
+    outside = (d - relu.mask) if party is Party.SERVER else -relu.mask
+    return torch.where(negative_half, -core, core + outside)
+
+
+class _ServerPass:
+    """State of the server's online pass."""
+
+    def __init__(self, plan: Plan, contents: ServerContents, channel: Channel) -> None:
+        self.plan, self.channel = plan, channel
+        self.linear, self.remask, self.activations = (iter(part) for part in
+                                                      (contents.linear, contents.remask, contents.activations))
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        return self.plan.model.fixed_point
+
+
+@register_cryptensor("relucent_server")
+class ServerTensor(RingTensor):
+    """The server's share of a value during the online phase."""
+
+    session: _ServerPass
+
+    def _add_constant(self, constant: Constant) -> RingTensor:
+        assert constant.data is not None
+        self.data += ring.encode(constant.data, self.scale)
+        return self
+
+    def _truncate(self, bits: int) -> Tensor:
+        return ring.truncate_local(self.data, bits, Party.SERVER)
+
+    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        share = apply(self.data, weight)
+        share += next(self.session.linear)
+        return share
+
+    def _remask(self) -> RingTensor:
+        fresh = self._with(self.data + next(self.session.remask))
+        fresh.dealt = True
+        return fresh
+
+    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
+        session, half = self.session, next(self.session.activations)
+        step, batch = half.step, half.step.batch
+        z = gather(self.data, layer.active, layer.all_active)
+        d = z - half.opening
+        session.channel.send(ring.to_bytes(d))
+        y = d.clone() if not step.squares else self._squares(layer, z, half.cross, constant)
+        if half.relu is not None:
+            opened = gather(d, layer.relu_in_active, False).flatten()
+            kept = relu_share(opened, half.relu, session.plan.comparison_bits, Party.SERVER)
+            put(y, layer.relu_in_active, False, kept.view(batch, -1))
+        y += ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
+        if layer.all_active:
+            data = y
+        else:
+            data = torch.empty_like(self.data).flatten(1)
+            data.index_copy_(1, layer.active, y)
+            data.index_copy_(1, layer.identity, gather(self.data, layer.identity, False) + half.passed)
+        return type(self)(session, data.view(step.shape), self.scale, True)
+
+    def _squares(self, layer: ActivationLayer, z: Tensor, cross: Tensor, constant: Tensor | None) -> Tensor:
+        y = torch.addcmul(cross, z, z)
+        if layer.factor_of_active is not None:
+            y *= layer.factor_of_active
+        y = ring.truncate_local(y, self.scale + layer.c2_shift, Party.SERVER)
+        if constant is not None:
+            y += ring.encode(per_pixel(layer, constant)[layer.active], self.scale)
+        return y
+
+
+@torch.no_grad()
+def online_server(material: Material[ServerContents], parameters: dict[str, Weight | Constant], channel: Channel) -> None:
+    """The server's online phase; uses the material up. `parameters` are `simulation.server_parameters`."""
+    contents, plan = material.take(), material.plan
+    state = _ServerPass(plan, contents, channel)
+    count = torch.Size(plan.input_shape).numel()
+    start = ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.input_shape)
+    out = build_graph(plan.model, parameters)(ServerTensor(state, start, state.fixed_point.activation_bits, True))
+    channel.send(ring.to_bytes(out.data))
+
+
+def _answer(half: ClientActivation, d: Tensor, plan: Plan) -> Tensor:
+    """M of one activation layer from the opened d, (batch, active pixels)."""
+    layer, batch = half.step.layer, half.step.batch
+    if half.step.squares:
+        y = torch.addcmul(half.base, half.twice, d)
+        if layer.factor_of_active is not None:
+            y *= layer.factor_of_active
+        y = ring.truncate_local(y, plan.model.fixed_point.activation_bits + layer.c2_shift, Party.CLIENT)
+    else:
+        y = torch.empty_like(d)
+    if half.relu is not None:
+        opened = gather(d, layer.relu_in_active, False).flatten()
+        kept = relu_share(opened, half.relu, plan.comparison_bits, Party.CLIENT)
+        put(y, layer.relu_in_active, False, kept.view(batch, -1))
+    y -= half.next_mask
+    return y
+
+
+@torch.no_grad()
+def online_client(material: Material[ClientContents], x_ring: Tensor, channel: Channel) -> Tensor:
+    """The client's online phase; uses the material up. Returns the logits, ring elements at `plan.output_scale`.
+
+    Args:
+        x_ring: the images as fixed point with f_a fractional bits, `plan.input_shape`.
+    """
+    contents: ClientContents = material.take()
+    plan = material.plan
+    channel.send(ring.to_bytes(x_ring - contents.input_mask))
+    for half in contents.activations:
+        d = ring.from_bytes(channel.receive(ELEMENT_BYTES * half.step.active), (half.step.batch, -1))
+        channel.send(ring.to_bytes(_answer(half, d, plan)))
+    count = torch.Size(plan.output_shape).numel()
+    return ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.output_shape) + contents.logits

@@ -1,0 +1,171 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Chunk(_message.Message):
+    __slots__ = ("sequence", "last", "data")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    last: bool
+    data: bytes
+    def __init__(self, sequence: _Optional[int] = ..., last: _Optional[bool] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Empty(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("protocol_version", "model_id", "registration_id", "delta_id", "delta_bytes", "public_bytes", "max_batch")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    registration_id: bytes
+    delta_id: bytes
+    delta_bytes: int
+    public_bytes: int
+    max_batch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., delta_id: _Optional[bytes] = ..., delta_bytes: _Optional[int] = ..., public_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("protocol_version",)
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("protocol_version", "model_id")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ...) -> None: ...
+
+class PreprocessOpen(_message.Message):
+    __slots__ = ("protocol_version", "model_id", "delta_id", "batch", "client_id")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ID_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    delta_id: bytes
+    batch: int
+    client_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., client_id: _Optional[bytes] = ...) -> None: ...
+
+class PreprocessUp(_message.Message):
+    __slots__ = ("open", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: PreprocessOpen
+    chunk: Chunk
+    def __init__(self, open: _Optional[_Union[PreprocessOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("dealer_bytes",)
+    DEALER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    dealer_bytes: int
+    def __init__(self, dealer_bytes: _Optional[int] = ...) -> None: ...
+
+class PreprocessDown(_message.Message):
+    __slots__ = ("material_id", "ready")
+    MATERIAL_ID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    material_id: bytes
+    ready: Ready
+    def __init__(self, material_id: _Optional[bytes] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ...) -> None: ...
+
+class InferOpen(_message.Message):
+    __slots__ = ("protocol_version", "model_id", "material_id", "client_secret")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    MATERIAL_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SECRET_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    material_id: bytes
+    client_secret: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., material_id: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ...) -> None: ...
+
+class InferUp(_message.Message):
+    __slots__ = ("open", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: InferOpen
+    chunk: Chunk
+    def __init__(self, open: _Optional[_Union[InferOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+
+class DiscardRequest(_message.Message):
+    __slots__ = ("material_ids", "client_secrets")
+    MATERIAL_IDS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SECRETS_FIELD_NUMBER: _ClassVar[int]
+    material_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    client_secrets: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, material_ids: _Optional[_Iterable[bytes]] = ..., client_secrets: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class RegisterOpen(_message.Message):
+    __slots__ = ("protocol_version", "model_id", "registration_secret", "public_bytes")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_SECRET_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_BYTES_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    registration_secret: bytes
+    public_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_secret: _Optional[bytes] = ..., public_bytes: _Optional[int] = ...) -> None: ...
+
+class RegisterUp(_message.Message):
+    __slots__ = ("open", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: RegisterOpen
+    chunk: Chunk
+    def __init__(self, open: _Optional[_Union[RegisterOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+
+class Registration(_message.Message):
+    __slots__ = ("weight_mask_seed",)
+    WEIGHT_MASK_SEED_FIELD_NUMBER: _ClassVar[int]
+    weight_mask_seed: bytes
+    def __init__(self, weight_mask_seed: _Optional[bytes] = ...) -> None: ...
+
+class MaterialRequest(_message.Message):
+    __slots__ = ("protocol_version", "model_id", "registration_id", "material_id", "client_id", "batch", "registration_secret", "client_secret")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
+    MATERIAL_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_SECRET_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SECRET_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_id: str
+    registration_id: bytes
+    material_id: bytes
+    client_id: bytes
+    batch: int
+    registration_secret: bytes
+    client_secret: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., material_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., registration_secret: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ...) -> None: ...
+
+class MaterialDown(_message.Message):
+    __slots__ = ("seed", "chunk")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    seed: bytes
+    chunk: Chunk
+    def __init__(self, seed: _Optional[bytes] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,77 @@
+"""The ring Z_{2^64} as int64 tensors in two's complement, fixed point, and exact linear maps.
+
+A real v with f fractional bits is round(v 2^f). PyTorch's int64 arithmetic wraps modulo 2^64, convolutions and
+matrix products included.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RING_BITS = 64
+ELEMENT_BYTES = 8
+
+
+class Party(Enum):
+    """Who holds a share; truncation rounds differently for the two."""
+
+    SERVER = 0
+    CLIENT = 1
+
+
+def encode(x_float: Tensor, bits: int) -> Tensor:
+    """Fixed-point encoding round(x 2^bits), int64. x must be finite and smaller than 2^(62-bits)."""
+    return torch.round(x_float.double() * 2.0**bits).long()
+
+
+def decode(x_ring: Tensor, bits: int) -> Tensor:
+    """Inverse of `encode`, float64."""
+    return x_ring.double() * 2.0**-bits
+
+
+def truncate_local(share: Tensor, bits: int, party: Party) -> Tensor:
+    """Divide a shared value by 2^bits without interaction (SecureML, Mohassel and Zhang 2017).
+
+    Server: floor(share / 2^bits); client: -floor(-share / 2^bits). The reconstructed value is y / 2^bits rounded
+    up or down at random without bias, except with probability at most |y| 2^-63 when it is garbage.
+    """
+    if bits == 0:
+        return share
+    if party is Party.SERVER:
+        return share >> bits
+    return -((-share) >> bits)
+
+
+def truncate_nearest(value: Tensor, bits: int) -> Tensor:
+    """y / 2^bits rounded to nearest: what the fixed-point simulation does."""
+    return value if bits == 0 else (value + (1 << (bits - 1))) >> bits
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
+           groups: int) -> Tensor:
+    """Convolution modulo 2^64. x (N, C, H, W), weight (O, C/groups, kh, kw), both int64."""
+    return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+def sum_pool2d(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Sum over windows, zero padding. x (N, C, H, W) int64."""
+    if padding == (0, 0) and kernel == tuple(x.shape[2:]):
+        return x.sum((2, 3), keepdim=True)
+    windows = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    windows = windows.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+    return windows.sum((-2, -1))
+
+
+def to_bytes(x_ring: Tensor) -> memoryview:
+    """The little-endian bytes of an int64 tensor, without a copy if it is contiguous."""
+    return memoryview(x_ring.contiguous().numpy().reshape(-1).view(np.uint8))
+
+
+def from_bytes(data: bytes | bytearray | memoryview, shape: tuple[int, ...]) -> Tensor:
+    """An int64 tensor over `data`, without a copy if it is writable. The caller has checked the length."""
+    array = np.frombuffer(data, dtype="<i8")
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).view(shape)

@@ -1,0 +1,269 @@
+"""What all roles share: one CrypTensor over the ring whose layers follow the same public rules in every role.
+
+The compiled graph runs unchanged under each role's subclass. This base class decides, from public facts alone,
+where values are rescaled, truncated and re-masked, so that dealer, client, server and simulation always agree; a
+subclass says what a private map, a truncation, a re-masking and an activation mean for its role.
+
+Invariant (protocol section 2): every tensor between two activations is additively shared, and the client's share
+is known to it after preprocessing. A tensor is `dealt` when the dealer knows the client's share too: then private
+maps apply directly. Data on the "meta" device stands for values that this role does not know, only their shape.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from protocol import ring
+from protocol.crypten_adapter import CrypTensor, PartialActivation
+from protocol.errors import ModelFileError
+from protocol.model import RELU, ActivationLayer, FixedPoint
+
+POOL_BITS = 12
+"""Fractional bits of 1/area in an average pool whose area is no power of two."""
+
+
+@dataclass(frozen=True, repr=False)
+class Weight:
+    """A role's view of a private weight: W at the server, Delta at the client, B at the dealer, int64."""
+
+    data: Tensor
+
+    def t(self) -> Weight:
+        return Weight(self.data.t())
+
+    def __repr__(self) -> str:
+        return f"Weight(shape={tuple(self.data.shape)}, <private>)"
+
+
+@dataclass(frozen=True, repr=False)
+class Constant:
+    """A private constant that the server adds, float64; None in roles that do not hold it."""
+
+    data: Tensor | None
+
+    def unsqueeze(self, dim: int) -> Constant:
+        return Constant(None if self.data is None else self.data.unsqueeze(dim))
+
+    def __repr__(self) -> str:
+        return "Constant(<private>)"
+
+
+class RingTensor(CrypTensor):  # type: ignore[misc]
+    """A tensor of ring elements with `scale` fractional bits, as one role sees it.
+
+    Args:
+        session: the role's state during this pass.
+        data: this role's share or knowledge, int64, batch first; on "meta" if unknown.
+        dealt: whether the dealer knows the client's share.
+    """
+
+    # CrypTen's attribute hook serves automatic differentiation and switches global state; nothing here is differentiated
+    __getattribute__ = object.__getattribute__  # type: ignore[assignment]
+    data: Tensor = None  # type: ignore[assignment]  # replaces CrypTensor's property
+
+    def __init__(self, session: Any, data: Tensor, scale: int, dealt: bool) -> None:
+        self.session, self.data, self.scale, self.dealt = session, data, scale, dealt
+        self.requires_grad = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.data.shape)}, scale={self.scale}, <shared>)"
+
+    def __bool__(self) -> bool:
+        raise TypeError("shared values have no truth value")
+
+    def __float__(self) -> float:
+        raise TypeError("shared values are not revealed")
+
+    # --- structure -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def size(self, dim: int) -> int:
+        return self.data.shape[dim]
+
+    def dim(self) -> int:
+        return self.data.dim()
+
+    def view(self, *shape: int) -> Self:
+        return self._with(self.data.reshape(*shape))
+
+    def _with(self, data: Tensor, scale: int | None = None) -> Self:
+        return type(self)(self.session, data, self.scale if scale is None else scale, self.dealt)
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        point: FixedPoint = self.session.fixed_point
+        return point
+
+    # --- public linear operations: local in every role -----------------------------------------------------------
+
+    def add(self, other: RingTensor | Constant) -> RingTensor:
+        """Sum of two shared tensors, scales aligned exactly, or with a constant of the server's."""
+        if isinstance(other, Constant):
+            return self._add_constant(other)
+        a, b = self._align(other.scale), other._align(self.scale)
+        if a.data.is_meta != b.data.is_meta:
+            a, b = a._with(a.data.to("meta")), b._with(b.data.to("meta"))
+        total = a._with(a.data + b.data)
+        total.dealt = a.dealt and b.dealt
+        return total
+
+    def sub(self, other: RingTensor) -> RingTensor:
+        return self.add(other._with(-other.data))
+
+    def _align(self, scale: int) -> Self:
+        return self if self.scale >= scale else self._with(self.data << (scale - self.scale), scale)
+
+    def avg_pool2d(self, kernel_size: tuple[int, int], stride: tuple[int, int] | None = None,
+                   padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> RingTensor:
+        """Average pooling, zero padding counted: a sum, with 1/area in the scale or as a public factor."""
+        if ceil_mode:
+            raise ModelFileError("average pooling with ceil_mode is not supported")
+        summed = ring.sum_pool2d(self.data, kernel_size, stride or kernel_size, padding)
+        area = kernel_size[0] * kernel_size[1]
+        if area & (area - 1) == 0:
+            return self._with(summed, self.scale + area.bit_length() - 1)
+        bits = POOL_BITS + area.bit_length()
+        return self._with(summed * round(2**bits / area), self.scale + bits)
+
+    def max_pool2d(self, kernel_size: tuple[int, int], padding: tuple[int, int] = (0, 0),
+                   stride: tuple[int, int] | None = None, dilation: int = 1, ceil_mode: bool = False) -> RingTensor:
+        """Max pooling as a tree of max(a, b) = b + ReLU(a - b), one round per tree level."""
+        if ceil_mode or dilation != 1:
+            raise ModelFileError("max pooling with ceil_mode or dilation is not supported")
+        step = stride or kernel_size
+        height, width = self.data.shape[2:]
+        candidates = []
+        for i in range(kernel_size[0]):
+            # a window that reaches beyond the border repeats the border pixel, which it contains anyway
+            rows = _window_index(height, kernel_size[0], step[0], padding[0], i, self.data)
+            for j in range(kernel_size[1]):
+                columns = _window_index(width, kernel_size[1], step[1], padding[1], j, self.data)
+                candidates.append(self._with(self.data.index_select(2, rows).index_select(3, columns)))
+        level: list[RingTensor] = list(candidates)
+        batch = self.data.shape[0]
+        while len(level) > 1:
+            pairs = len(level) // 2
+            a = self._stack(level[:pairs])
+            b = self._stack(level[pairs : 2 * pairs])
+            rest = level[2 * pairs :]
+            difference = a.sub(b)
+            mask = torch.full(tuple(difference.data.shape[1:]), RELU, dtype=torch.uint8)
+            larger = difference._activation(ActivationLayer("max", mask, 0, None), None, None).add(b)
+            level = [larger._with(part) for part in larger.data.view(batch, pairs, -1, *larger.data.shape[2:]).unbind(1)]
+            level += rest
+        return level[0]
+
+    def _stack(self, parts: list[RingTensor]) -> RingTensor:
+        """Concatenate along the channels."""
+        scale = max(p.scale for p in parts)
+        aligned = [p._align(scale) for p in parts]
+        if any(p.data.is_meta for p in aligned):
+            data = torch.cat([p.data.to("meta") for p in aligned], 1)
+        else:
+            data = torch.cat([p.data for p in aligned], 1)
+        stacked = parts[0]._with(data, scale)
+        stacked.dealt = all(p.dealt for p in parts)
+        return stacked
+
+    # --- private linear maps ----------------------------------------------------------------------------------
+
+    def conv2d(self, weight: Weight, bias: None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+               groups: int = 1) -> RingTensor:
+        """Convolution with a private weight (protocol section 3)."""
+        x = self._ready_for_private_map()
+        data = x._private_map(weight.data, lambda a, w: ring.conv2d(a, w, stride, padding, dilation, groups))
+        return x._mapped(data)
+
+    def matmul(self, weight: Weight) -> RingTensor:
+        """Product with a private matrix (protocol section 3)."""
+        x = self._ready_for_private_map()
+        return x._mapped(x._private_map(weight.data, torch.matmul))
+
+    def _ready_for_private_map(self) -> RingTensor:
+        x: RingTensor = self
+        if x.scale >= self.fixed_point.activation_bits + self.fixed_point.weight_bits:
+            x = x._rescale()
+        return x if x.dealt else x._remask()
+
+    def _mapped(self, data: Tensor) -> RingTensor:
+        result = self._with(data, self.scale + self.fixed_point.weight_bits)
+        result.dealt = False
+        return result
+
+    def _rescale(self) -> RingTensor:
+        """To the activation scale f_a: exact upwards, truncation downwards."""
+        target = self.fixed_point.activation_bits
+        if self.scale <= target:
+            return self._align(target)
+        return self._with(self._truncate(self.scale - target), target)
+
+    # --- activations --------------------------------------------------------------------------------------------
+
+    def partial_activation(self, module: PartialActivation) -> RingTensor:
+        """The mixed activation of one layer (protocol sections 4 to 6): one round trip online."""
+        return self._activation(module.layer, getattr(module, "c1", None), getattr(module, "c0", None))
+
+    def _activation(self, layer: ActivationLayer, c1: Constant | None, c0: Constant | None) -> RingTensor:
+        if len(layer.square) and c1 is not None and c1.data is not None and c0 is not None and c0.data is not None:
+            shift, constant = square_constants(layer, c1.data, c0.data)
+            z = self._add_at_squares(layer, shift)._rescale()
+        else:
+            constant = None
+            z = self._rescale()
+        return z._activate(layer, constant)
+
+    def _add_at_squares(self, layer: ActivationLayer, shift: Tensor) -> RingTensor:
+        """Add per-channel `shift` at the square pixels; done by whoever holds it."""
+        dense = ring.encode(per_pixel(layer, shift), self.scale)
+        return self._with(self.data + dense.view(layer.mask.shape))
+
+    # --- what a role defines ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _add_constant(self, constant: Constant) -> RingTensor:
+        """Add a constant of the server's."""
+
+    @abstractmethod
+    def _truncate(self, bits: int) -> Tensor:
+        """This role's data divided by 2^bits."""
+
+    @abstractmethod
+    def _private_map(self, weight: Tensor, apply: Any) -> Tensor:
+        """This role's data of the map's output; the input is dealt."""
+
+    @abstractmethod
+    def _remask(self) -> RingTensor:
+        """The same value with a fresh mask that the dealer knows."""
+
+    @abstractmethod
+    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
+        """The activation of a value at scale f_a, whose square pixels already carry the shift; the result is dealt."""
+
+
+def _window_index(size: int, kernel: int, stride: int, padding: int, offset: int, like: Tensor) -> Tensor:
+    count = (size + 2 * padding - kernel) // stride + 1
+    return (torch.arange(count, device=like.device) * stride + offset - padding).clamp(0, size - 1)
+
+
+def square_constants(layer: ActivationLayer, c1: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+    """shift and constant per channel with c2 z^2 + c1 z + c0 = c2 (z + shift)^2 + constant. float64 (C,)."""
+    c2: Tensor | float = 2.0**-layer.c2_shift
+    if layer.c2_factor is not None:
+        c2 = torch.tensor(layer.c2_factor, dtype=torch.float64) * c2
+    shift = c1.flatten().double() / (2 * c2)
+    return shift, c0.flatten().double() - c2 * shift**2
+
+
+def per_pixel(layer: ActivationLayer, per_channel: Tensor) -> Tensor:
+    """A per-channel value at the square pixels, 0 elsewhere; float64, flat."""
+    dense = torch.zeros(layer.mask.numel(), dtype=torch.float64)
+    dense[layer.square] = per_channel[layer.channel_of(layer.square)]
+    return dense

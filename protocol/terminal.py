@@ -1,0 +1,43 @@
+"""What every command line does with errors: one line, a hint, an exit code, and no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+from protocol.errors import InputError, RelucentError
+
+P = ParamSpec("P")
+
+
+def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a command: errors of ours, and those of the types `also`, end it with a line on stderr.
+
+    Exit code 2 for the user's own input, 1 for everything else.
+    """
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                command(*args, **kwargs)
+            except RelucentError as error:
+                fail(program, str(error), error.hint, 2 if isinstance(error, InputError) else 1)
+            except also as error:
+                fail(program, str(error), getattr(error, "hint", ""), 2)
+            except KeyboardInterrupt:
+                fail(program, "interrupted", "", 130)
+
+        return run
+
+    return decorate
+
+
+def fail(program: str, message: str, hint: str, code: int) -> None:
+    """Print `program: error: ...`, the hint if there is one, and exit with `code`."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(f"{program}: hint: {hint}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,110 @@
+"""Between logical messages and protobuf chunks: pure, and the only code that knows both.
+
+A logical message has a sequence number and travels as chunks of at most CHUNK_BYTES. Its length is never announced:
+the receiver knows it from the plan, and anything else is a ProtocolViolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from protocol.channel import Buffer
+from protocol.errors import ProtocolViolation, VersionMismatch
+from protocol.relucent_pb2 import Chunk
+
+PROTOCOL_VERSION = 1
+CHUNK_BYTES = 1 << 20
+FRAME_BYTES = 5
+"""gRPC's prefix of every message."""
+ID_BYTES = 16
+SECRET_BYTES = 32
+
+
+def check_version(version: int) -> None:
+    """Raise VersionMismatch unless the peer speaks this program's protocol version."""
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatch(f"the peer speaks protocol version {version}, this program speaks {PROTOCOL_VERSION}",
+                              "install the same Relucent version on both sides")
+
+
+def check_bytes(value: bytes, length: int, name: str) -> bytes:
+    """Raise ProtocolViolation unless `value` has `length` bytes."""
+    if len(value) != length:
+        raise ProtocolViolation(f"{name} has {len(value)} bytes where {length} are due")
+    return value
+
+
+def to_chunks(sequence: int, parts: tuple[Buffer, ...]) -> Iterator[Chunk]:
+    """Cut one logical message, the concatenation of `parts`."""
+    views = [memoryview(part) for part in parts]
+    left = sum(map(len, views))
+    pending: list[memoryview] = []
+    room = CHUNK_BYTES
+    for view in views:
+        while len(view):
+            piece, view = view[:room], view[room:]
+            pending.append(piece)
+            room -= len(piece)
+            left -= len(piece)
+            if room == 0 and left:
+                yield Chunk(sequence=sequence, data=b"".join(pending))
+                pending, room = [], CHUNK_BYTES
+    yield Chunk(sequence=sequence, last=True, data=b"".join(pending))
+
+
+class ChunkSender:
+    """`protocol.channel.Sender` over a function that transmits one chunk."""
+
+    def __init__(self, transmit: Callable[[Chunk], None]) -> None:
+        self._transmit = transmit
+        self._sequence = 0
+        self.bytes = 0
+
+    def send(self, *parts: Buffer) -> None:
+        for chunk in to_chunks(self._sequence, parts):
+            self.bytes += chunk.ByteSize() + FRAME_BYTES
+            self._transmit(chunk)
+        self._sequence += 1
+
+
+class ChunkReceiver:
+    """`protocol.channel.Receiver` over a function that waits for the next chunk."""
+
+    def __init__(self, wait: Callable[[], Chunk]) -> None:
+        self._wait = wait
+        self._sequence = 0
+        self.bytes = 0
+
+    def receive(self, length: int) -> bytearray:
+        out = bytearray()
+        while True:
+            chunk = self._wait()
+            self.bytes += chunk.ByteSize() + FRAME_BYTES
+            if chunk.sequence != self._sequence:
+                raise ProtocolViolation(f"message {chunk.sequence} arrived where {self._sequence} is due")
+            if len(chunk.data) > CHUNK_BYTES:
+                raise ProtocolViolation("a chunk is larger than the protocol allows")
+            if len(out) + len(chunk.data) > length:
+                raise ProtocolViolation(f"message {self._sequence} is longer than the {length:,} bytes due")
+            if not chunk.last and not chunk.data:
+                raise ProtocolViolation("an empty chunk inside a message")
+            out += chunk.data
+            if chunk.last:
+                break
+        if len(out) != length:
+            raise ProtocolViolation(f"message {self._sequence} has {len(out):,} bytes where {length:,} are due")
+        self._sequence += 1
+        return out
+
+
+class ChunkChannel:
+    """A two-way `protocol.channel.Channel` made of a sender and a receiver."""
+
+    def __init__(self, sender: ChunkSender, receiver: ChunkReceiver) -> None:
+        self.sender, self.receiver = sender, receiver
+
+    def send(self, *parts: Buffer) -> None:
+        self.sender.send(*parts)
+
+    def receive(self, length: int) -> bytearray:
+        return self.receiver.receive(length)

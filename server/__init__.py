@@ -1,0 +1,1 @@
+"""The server and the dealer: thin gRPC edges around `protocol`."""

@@ -1,0 +1,202 @@
+"""The dealer service: registrations of models, and one dealing for each material once both parties have asked.
+
+Security contract: each party gets its own part only. The server proves itself by the secret whose hash is the
+registration id, the client by the secret whose hash the server named for this material. Every dealing uses fresh
+randomness; nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import queue
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from protocol import relucent_pb2 as pb
+from protocol import relucent_pb2_grpc as rpc
+from protocol.dealing import deal, weight_masks
+from protocol.errors import MaterialError, ModelMismatch, PeerError, PeerTimeout, ProtocolViolation, RelucentError, ResourceLimit
+from protocol.model import MAX_PUBLIC_BYTES, PublicModel
+from protocol.plan import make_plan
+from protocol.prg import Seed
+from protocol.transport import abort, next_kind, run_session
+from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
+
+log = logging.getLogger("relucent.dealer")
+MEETING_S = 30.0
+"""How long the first party waits for the second."""
+DEAL_S = 600.0
+
+
+@dataclass(frozen=True, repr=False)
+class _Registration:
+    model: PublicModel
+    masks: dict[str, Any]
+
+
+@dataclass
+class _Meeting:
+    """The two requests for one material. `claimed` parties have come; each gets chunks through its own bounded queue."""
+
+    batch: int
+    client_id: bytes
+    claimed: set[str] = field(default_factory=set)
+    both: threading.Event = field(default_factory=threading.Event)
+    dead: threading.Event = field(default_factory=threading.Event)
+    queues: dict[str, queue.Queue[Any]] = field(default_factory=lambda: {p: queue.Queue(maxsize=16) for p in ("client", "server")})
+
+    def put(self, party: str, message: Any) -> None:
+        while not self.dead.is_set():
+            try:
+                self.queues[party].put(message, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+        raise PeerError("a party left while its material was dealt")
+
+    def take(self, party: str) -> Any:
+        while True:
+            try:
+                return self.queues[party].get(timeout=0.2)
+            except queue.Empty:
+                if self.dead.is_set():
+                    raise PeerError("the other party left, or dealing failed; the material is destroyed") from None
+
+
+class DealerService(rpc.DealingServicer):
+    """Servicer of the Dealing service. `max_deals` dealings run at once, `max_registrations` models are held."""
+
+    def __init__(self, max_deals: int = 4, max_registrations: int = 32) -> None:
+        self._master = secrets.token_bytes(32)
+        self._registrations: OrderedDict[bytes, _Registration] = OrderedDict()
+        self._meetings: dict[bytes, _Meeting] = {}
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(max_deals)
+        self._max_registrations = max_registrations
+
+    # --- registration -----------------------------------------------------------------------------------------
+
+    def Register(self, request_iterator: Iterator[pb.RegisterUp], context: grpc.ServicerContext) -> pb.Registration:
+        try:
+            return self._register(request_iterator)
+        except BaseException as error:
+            abort(context, error)
+
+    def _register(self, messages: Iterator[pb.RegisterUp]) -> pb.Registration:
+        opening = next_kind(messages, "open")
+        check_version(opening.protocol_version)
+        secret = check_bytes(opening.registration_secret, SECRET_BYTES, "the registration secret")
+        if opening.public_bytes > MAX_PUBLIC_BYTES:
+            raise ResourceLimit("the public part of the model is too large")
+        receiver = ChunkReceiver(lambda: next_kind(messages, "chunk"))
+        model = PublicModel.from_bytes(bytes(receiver.receive(opening.public_bytes)))
+        if model.model_id != opening.model_id:
+            raise ModelMismatch("the public part does not have the announced model id")
+        make_plan(model, 1)
+        name = hashlib.sha256(secret).digest()
+        seed = Seed(hmac.digest(self._master, b"weight-mask" + bytes.fromhex(model.model_id) + name, "sha256"))
+        masks = weight_masks(model, seed)
+        with self._lock:
+            self._registrations[name] = _Registration(model, masks)
+            self._registrations.move_to_end(name)
+            while len(self._registrations) > self._max_registrations:
+                self._registrations.popitem(last=False)
+        log.info("registered model %s", model.model_id[:12])
+        return pb.Registration(weight_mask_seed=seed.reveal())
+
+    # --- material -----------------------------------------------------------------------------------------------
+
+    def FetchMaterial(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> Iterator[pb.MaterialDown]:
+        try:
+            party, registration = self._authenticate(request)
+            meeting = self._meet(party, request)
+        except BaseException as error:
+            abort(context, error)
+
+        def work(transmit: Callable[[Any], None]) -> None:
+            try:
+                if not meeting.both.wait(MEETING_S):
+                    raise PeerTimeout("the other party did not ask for its part in time")
+                if party == "client":  # one of the two handlers does the work
+                    threading.Thread(target=self._deal, args=(registration, meeting), daemon=True, name="deal").start()
+                while (message := meeting.take(party)) is not None:
+                    if isinstance(message, RelucentError):
+                        raise message
+                    transmit(message)
+            except BaseException:
+                meeting.dead.set()
+                raise
+            finally:
+                with self._lock:
+                    if self._meetings.get(request.material_id) is meeting:
+                        del self._meetings[request.material_id]
+
+        yield from run_session(work, context, DEAL_S)
+
+    def _authenticate(self, request: pb.MaterialRequest) -> tuple[str, _Registration]:
+        check_version(request.protocol_version)
+        check_bytes(request.material_id, ID_BYTES, "the material id")
+        check_bytes(request.client_id, SECRET_BYTES, "the client id")
+        if not 1 <= request.batch <= 4096:
+            raise ProtocolViolation("the batch is out of range")
+        with self._lock:
+            registration = self._registrations.get(request.registration_id)
+        if registration is None or registration.model.model_id != request.model_id:
+            raise ModelMismatch("this model is not registered with the dealer")
+        kind = request.WhichOneof("proof")
+        if kind == "registration_secret":
+            party, proof, wanted = "server", request.registration_secret, request.registration_id
+        elif kind == "client_secret":
+            party, proof, wanted = "client", request.client_secret, request.client_id
+        else:
+            raise ProtocolViolation("a request for material without a proof")
+        if not hmac.compare_digest(hashlib.sha256(proof).digest(), wanted):
+            raise MaterialError("the proof does not match; this part belongs to somebody else")
+        return party, registration
+
+    def _meet(self, party: str, request: pb.MaterialRequest) -> _Meeting:
+        with self._lock:
+            meeting = self._meetings.get(request.material_id)
+            if meeting is None:
+                if len(self._meetings) >= 256:
+                    raise ResourceLimit("the dealer has too many requests waiting")
+                meeting = self._meetings[request.material_id] = _Meeting(request.batch, request.client_id)
+            if party in meeting.claimed or meeting.batch != request.batch or meeting.client_id != request.client_id:
+                raise MaterialError("this material was already asked for, or with other terms")
+            meeting.claimed.add(party)
+            if len(meeting.claimed) == 2:
+                meeting.both.set()
+        return meeting
+
+    def _deal(self, registration: _Registration, meeting: _Meeting) -> None:
+        try:
+            if not self._slots.acquire(timeout=MEETING_S):
+                raise ResourceLimit("the dealer is busy")
+            try:
+                plan = make_plan(registration.model, meeting.batch)
+                seeds = {party: Seed.fresh() for party in ("client", "server")}
+                senders = {}
+                for party in ("client", "server"):
+                    meeting.put(party, pb.MaterialDown(seed=seeds[party].reveal()))
+                    senders[party] = ChunkSender(lambda chunk, p=party: meeting.put(p, pb.MaterialDown(chunk=chunk)))  # type: ignore[misc]
+                deal(plan, registration.masks, seeds["client"], seeds["server"], senders["client"], senders["server"])
+                for party in ("client", "server"):
+                    meeting.put(party, None)
+            finally:
+                self._slots.release()
+        except PeerError:
+            meeting.dead.set()
+        except RelucentError as error:
+            for party in ("client", "server"):
+                meeting.put(party, error)
+        except BaseException:
+            meeting.dead.set()
+            log.exception("dealing failed")
