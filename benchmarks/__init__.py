@@ -1,0 +1,1 @@
+"""Measuring: latency and traffic of the real processes, beside plaintext and CrypTen."""

@@ -1,0 +1,85 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from benchmarks.latency import measure
+from benchmarks.networks import random_model
+from model_opt.autorep import BudgetError
+from protocol.errors import InputError
+from protocol.model import load
+from protocol.terminal import exit_on_error
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Measure private inference.")
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps every command a subcommand."""
+
+
+def table_of(results: list[dict[str, Any]]) -> Table:
+    """The human form of `measure`'s figures, one column for each network."""
+    table = Table("", *(f"{r['network']} w{r['width']}, {r['relus']:,} ReLUs" for r in results))
+
+    def row(name: str, value: Any) -> None:
+        table.add_row(name, *(value(r) for r in results))
+
+    def traffic(r: dict[str, Any]) -> str:
+        return f"{r['online_bytes_up'] / 1e6:.2f} + {r['online_bytes_down'] / 1e6:.2f}"
+
+    row("online, ms (median, min-max)", lambda r: f"{r['online_ms']:.0f} ({r['online_ms_spread'][0]:.0f}-{r['online_ms_spread'][1]:.0f})")
+    row("plaintext, ms", lambda r: f"{r['plaintext_ms']:.1f}")
+    row("online / plaintext", lambda r: f"{r['online_ms'] / r['plaintext_ms']:.1f}x")
+    row("preprocessing, ms", lambda r: f"{r['preprocessing_ms']:.0f}")
+    row("online traffic up + down, MB", traffic)
+    row("preprocessing traffic, MB", lambda r: f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}")
+    row("rounds", lambda r: str(r["rounds"]))
+    if any(r["crypten_ms"] is not None for r in results):
+        row("CrypTen (not private), ms", lambda r: "-" if r["crypten_ms"] is None else f"{r['crypten_ms']:.0f}")
+        row("CrypTen traffic, MB", lambda r: "-" if r["crypten_bytes"] is None else f"{r['crypten_bytes'] / 1e6:.0f}")
+    row("peak memory client/server/dealer, MB",
+        lambda r: "/".join(f"{r['peak_rss_mb'][k]:.0f}" for k in ("client", "server", "dealer")))
+    return table
+
+
+@app.command()
+@exit_on_error("relucent-bench", BudgetError)
+def latency(
+    model: Annotated[Path | None, typer.Option(help="Compiled model; else a random network.")] = None,
+    network: Annotated[str, typer.Option(help="Architecture of the random network.")] = "resnet18",
+    width: Annotated[int, typer.Option(help="Its channels in the first stage.")] = 64,
+    relus: Annotated[str, typer.Option(help="Its ReLUs, or 'all'; squares elsewhere.")] = "12900",
+    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 1,
+    runs: Annotated[int, typer.Option(help="Measured runs; one more warms up.", min=1)] = 7,
+    crypten: Annotated[bool, typer.Option(help="Also run the graph on CrypTen.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Private inference in three processes on loopback, beside plaintext PyTorch and CrypTen."""
+    console = Console(stderr=True)
+    with Status("making the network", console=console) as status:
+        if model is not None:
+            loaded, network, width = load(model), model.stem, 0
+        else:
+            if relus != "all" and not relus.lstrip("-").isdigit():
+                raise InputError(f"--relus {relus!r} is no number", "pass a count or 'all'")
+            try:
+                loaded = random_model(network, width, None if relus == "all" else int(relus))
+            except BudgetError:
+                raise
+            except ValueError as error:
+                raise InputError(str(error)) from error
+        result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(table_of([result]))

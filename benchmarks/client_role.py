@@ -1,0 +1,40 @@
+"""The client of a measurement, in a process of its own. Prints one JSON object.
+
+Usage: python -m benchmarks.client_role SERVER DEALER IMAGES.npy RUNS [CACHE]. IMAGES is uint8 (N, batch, C, H, W); run i
+classifies IMAGES[i mod N].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.processes import peak_rss_mb
+from client import Client
+
+
+def main() -> None:
+    server, dealer, path, runs = sys.argv[1:5]
+    images = np.load(path, allow_pickle=False)
+    batch = images.shape[1]
+    online, preprocessing, logits = [], [], []
+    with Client(server, dealer, insecure=True, cache=Path(sys.argv[5]) if len(sys.argv) > 5 else None) as client:
+        for run in range(int(runs)):
+            client.preprocess(1, batch)
+            result = client.predict(images[run % len(images)])
+            assert client.last_online is not None and client.last_preprocessing is not None
+            online.append(asdict(client.last_online))
+            preprocessing.append(asdict(client.last_preprocessing))
+            logits.append([list(p.logits) for p in result])
+            print(f"run {run + 1} of {runs}", file=sys.stderr, flush=True)
+    print(json.dumps({"online": online, "preprocessing": preprocessing, "logits": logits,
+                      "peak_rss_mb": peak_rss_mb(os.getpid())}))
+
+
+if __name__ == "__main__":
+    main()

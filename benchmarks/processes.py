@@ -1,0 +1,101 @@
+"""The real processes of a measurement: dealer and server on loopback, and their memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.errors import PeerError
+
+START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Addresses and process ids of a running dealer and server."""
+
+    server: str
+    dealer: str
+    server_pid: int
+    dealer_pid: int
+
+
+def peak_rss_mb(pid: int) -> float:
+    """Largest resident memory of a process so far, MB. Linux only; 0 elsewhere."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1000, 1)
+    except OSError:
+        pass
+    return 0.0
+
+
+def role_command(role: str, *arguments: str) -> list[str]:
+    """How to run a program of this installation with this interpreter."""
+    app = {"server": "server.cli import server_app as app", "dealer": "server.cli import dealer_app as app"}[role]
+    return [sys.executable, "-c", f"from {app}; app()", *arguments]
+
+
+def _start(role: str, arguments: list[str], log: Path, running: list[subprocess.Popen[str]]) -> tuple[subprocess.Popen[str], str]:
+    with log.open("w") as errors:
+        process = subprocess.Popen(role_command(role, *arguments), stdout=subprocess.PIPE, stderr=errors, text=True)
+    running.append(process)
+    assert process.stdout is not None
+    timer = threading.Timer(START_S, process.kill)
+    timer.start()
+    line = process.stdout.readline()
+    timer.cancel()
+    if " on " not in line:
+        reason = log.read_text().strip().splitlines()
+        raise PeerError(f"the {role} did not start: {reason[-1] if reason else 'no message'}")
+    return process, line.rsplit(" on ", 1)[1].strip()
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[Roles]:
+    """A dealer and a server for `model` on free loopback ports, stopped at the end."""
+    running: list[subprocess.Popen[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1"]
+            dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
+            server, server_address = _start("server", [*base[:1], str(model), *base[1:], "--dealer", dealer_address, *options],
+                                            Path(folder) / "server.log", running)
+            yield Roles(server_address, dealer_address, server.pid, dealer.pid)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, to store with every figure."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("torch", "crypten", "numpy", "grpcio", "protobuf", "cryptography")
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return {"versions": {"python": platform.python_version(), "relucent": version("relucent")} | {n: version(n) for n in names},
+            "cpu": f"{cpu}, {os.cpu_count()} cores", "load_average": [round(v, 2) for v in os.getloadavg()]}
