@@ -27,6 +27,7 @@ BLOCK_KEYS = 8192
 
 _ONE = np.uint64(1)
 _MASK = np.array([0xFFFFFFFFFFFFFFFE, 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+_PAYLOAD = np.uint64(2)
 # tweaks of the low word (whose bit 0 is always clear in a seed): 0 and 1 give the child seeds, 2 and 3 the payloads
 
 
@@ -175,29 +176,29 @@ def evaluate(keys: DcfKeys, x: U64, hasher: Hasher | None = None) -> U64:
     """
     hasher = hasher or Hasher(keys.hash_key)
     count, bits = len(keys), keys.bits
-    seed = keys.root.copy()
+    path = (x[None] >> np.arange(bits - 1, -1, -1, dtype=np.uint64)[:, None]) & _ONE
+    # control bits of left and right child as bits 0 and 1 of one word
+    controls = keys.control[:, 0] | (keys.control[:, 1] << 1)
+    corrections = (controls.astype(np.uint64) >> path) & _ONE
     t = np.full(count, keys.party, dtype=np.uint64)
     value = np.zeros((count, 2), dtype=np.uint64)
-    points = np.empty((2, count, 2), dtype=np.uint64)
+    points, word = np.empty((2, count, 2), dtype=np.uint64), np.empty((count, 2), dtype=np.uint64)
+    points[0] = keys.root
     for level in range(bits):
-        bit = (x >> np.uint64(bits - 1 - level)) & _ONE
-        points[0] = seed
-        points[0, :, 0] |= bit
+        points[0, :, 0] |= path[level]
         points[1] = points[0]
-        points[1, :, 0] ^= np.uint64(2)
+        points[1, :, 0] ^= _PAYLOAD
         expanded = hasher(points.reshape(-1, 2)).reshape(2, count, 2)
-        mask = (np.uint64(0) - t)[:, None]
+        mask = np.negative(t)[:, None]
         value += expanded[1]
-        value += keys.payload_words[level] & mask
+        value += np.bitwise_and(keys.payload_words[level], mask, out=word)
         seed = expanded[0]
-        left, right = keys.control[level]
-        correction = np.where(bit == 1, right, left) & t
-        t = (seed[:, 0] & _ONE) ^ correction
+        t = (seed[:, 0] & _ONE) ^ (corrections[level] & t)
         seed &= _MASK
-        seed ^= keys.seed_words[level] & mask
-    value += seed
-    value += keys.final & (np.uint64(0) - t)[:, None]
-    return value if keys.party == 0 else np.uint64(0) - value
+        np.bitwise_xor(seed, np.bitwise_and(keys.seed_words[level], mask, out=word), out=points[0])
+    value += points[0]
+    value += keys.final & np.negative(t)[:, None]
+    return value if keys.party == 0 else np.negative(value)
 
 
 def fresh_randomness(count: int) -> bytes:

@@ -68,8 +68,8 @@ class DealerTensor(RingTensor):
     def _truncate(self, bits: int) -> Tensor:
         return self.data if self.data.is_meta else ring.truncate_local(self.data, bits, ring.Party.CLIENT)
 
-    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        product = apply(self.data, weight)
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        product = weight.map(self.data, apply)
         product -= self.session.client.ring("linear", tuple(product.shape))
         self.session.to_server.send(ring.to_bytes(product))
         return product.to("meta")

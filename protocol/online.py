@@ -21,7 +21,7 @@ from protocol.model import ActivationLayer, FixedPoint
 from protocol.plan import Plan
 from protocol.preprocessing import gather, put
 from protocol.ring import ELEMENT_BYTES, Party
-from protocol.tensor import Constant, RingTensor, Weight, per_pixel
+from protocol.tensor import Constant, RingTensor, Weight
 
 
 def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
@@ -72,8 +72,8 @@ class ServerTensor(RingTensor):
     def _truncate(self, bits: int) -> Tensor:
         return ring.truncate_local(self.data, bits, Party.SERVER)
 
-    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        share = apply(self.data, weight)
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        share = weight.map(self.data, apply)
         share += next(self.session.linear)
         return share
 
@@ -108,7 +108,7 @@ class ServerTensor(RingTensor):
             y *= layer.factor_of_active
         y = ring.truncate_local(y, self.scale + layer.c2_shift, Party.SERVER)
         if constant is not None:
-            y += ring.encode(per_pixel(layer, constant)[layer.active], self.scale)
+            y += gather(constant[None], layer.active, layer.all_active)
         return y
 
 

@@ -154,8 +154,8 @@ class PlanTensor(RingTensor):
     def _truncate(self, bits: int) -> Tensor:
         return self.data
 
-    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        data = apply(self.data, weight)
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        data = weight.map(self.data, apply)
         self.session.add(LinearStep(tuple(data.shape)))
         return data
 

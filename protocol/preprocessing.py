@@ -58,8 +58,8 @@ class ClientTensor(RingTensor):
     def _truncate(self, bits: int) -> Tensor:
         return ring.truncate_local(self.data, bits, ring.Party.CLIENT)
 
-    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        share = apply(self.data, weight)  # Delta * r
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        share = weight.map(self.data, apply)  # Delta * r
         share += self.session.source.linear(tuple(share.shape))
         return share
 

@@ -6,6 +6,7 @@ matrix products included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
@@ -55,6 +56,37 @@ def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[in
            groups: int) -> Tensor:
     """Convolution modulo 2^64. x (N, C, H, W), weight (O, C/groups, kh, kw), both int64."""
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+LIMB_BITS = 32
+LIMB_MIN_WEIGHTS = 1 << 17
+"""Below this many weights PyTorch's int64 convolution is as fast as two float64 ones (measured on two cores)."""
+
+
+def limb_weight(weight: Tensor) -> Tensor | None:
+    """A small weight as float64 for `map_in_limbs`, or None where that is not exact or not faster.
+
+    Exact when every output's sum of |w| is at most 2^22: a limb has 31 bits and a sign, float64 holds 53.
+    """
+    if weight.numel() < LIMB_MIN_WEIGHTS or int(weight.abs().flatten(1).sum(1).max()) > 1 << (53 - LIMB_BITS + 1):
+        return None
+    result = weight.double()
+    return result.contiguous(memory_format=torch.channels_last) if result.dim() == 4 else result
+
+
+def map_in_limbs(x: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """apply(x, weight) modulo 2^64 by two exact float64 maps over the 32-bit limbs of x, about twice as fast as int64.
+
+    Args:
+        x: int64, batch first. weight: from `limb_weight`. apply: bilinear.
+    """
+    low = x.int()  # the low 32 bits, signed
+    high = (x - low) >> LIMB_BITS
+    both = apply(torch.cat([low, high]).double(), weight)
+    result = both[len(x) :].long()
+    result <<= LIMB_BITS
+    result += both[: len(x)].long()
+    return result.contiguous()
 
 
 def sum_pool2d(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

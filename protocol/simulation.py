@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol import ring
 from protocol.crypten_adapter import build_graph, register_cryptensor
 from protocol.model import ActivationLayer, FixedPoint, Model
-from protocol.tensor import Constant, RingTensor, Weight, per_pixel
+from protocol.tensor import Constant, RingTensor, Weight
 
 
 @dataclass
@@ -49,8 +49,8 @@ class SimulationTensor(RingTensor):
         self.session.record_truncation(self.data)
         return ring.truncate_nearest(self.data, bits)
 
-    def _private_map(self, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return apply(self.data, weight)
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return weight.map(self.data, apply)
 
     def _remask(self) -> RingTensor:
         fresh = self._with(self.data)
@@ -68,7 +68,7 @@ class SimulationTensor(RingTensor):
             self.session.record_truncation(y[:, layer.square])
             y = ring.truncate_nearest(y, bits + layer.c2_shift)
             if constant is not None:
-                y = y + ring.encode(per_pixel(layer, constant), bits)
+                y += constant.flatten()
             out[:, layer.square] = y[:, layer.square]
         if len(layer.relu):
             kept = z[:, layer.relu]
@@ -79,7 +79,7 @@ class SimulationTensor(RingTensor):
 
 def server_parameters(model: Model) -> dict[str, Weight | Constant]:
     """The model's own parameters: W as ring elements, constants as reals."""
-    return {name: Weight(value.long()) if name.endswith(".weight") else Constant(value.double())
+    return {name: Weight(value.long(), ring.limb_weight(value.long())) if name.endswith(".weight") else Constant(value.double())
             for name, value in model.private.items() if name != "salt"}
 
 

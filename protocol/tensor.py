@@ -12,7 +12,8 @@ maps apply directly. Data on the "meta" device stands for values that this role 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -29,12 +30,20 @@ POOL_BITS = 12
 
 @dataclass(frozen=True, repr=False)
 class Weight:
-    """A role's view of a private weight: W at the server, Delta at the client, B at the dealer, int64."""
+    """A role's view of a private weight: W at the server, Delta at the client, B at the dealer, int64.
+
+    limbs: the same for `ring.map_in_limbs`, where that is exact and faster.
+    """
 
     data: Tensor
+    limbs: Tensor | None = None
 
     def t(self) -> Weight:
-        return Weight(self.data.t())
+        return Weight(self.data.t(), None if self.limbs is None else self.limbs.t())
+
+    def map(self, x: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """apply(x, this weight) modulo 2^64."""
+        return apply(x, self.data) if self.limbs is None else ring.map_in_limbs(x, self.limbs, apply)
 
     def __repr__(self) -> str:
         return f"Weight(shape={tuple(self.data.shape)}, <private>)"
@@ -45,9 +54,16 @@ class Constant:
     """A private constant that the server adds, float64; None in roles that do not hold it."""
 
     data: Tensor | None
+    _encoded: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def unsqueeze(self, dim: int) -> Constant:
         return Constant(None if self.data is None else self.data.unsqueeze(dim))
+
+    def encoded(self, kind: str, scale: int, make: Callable[[], Tensor]) -> Tensor:
+        """Ring elements derived from this constant, made once for all sessions."""
+        if (kind, scale) not in self._encoded:
+            self._encoded[kind, scale] = make()
+        return self._encoded[kind, scale]
 
     def __repr__(self) -> str:
         return "Constant(<private>)"
@@ -179,13 +195,13 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
                groups: int = 1) -> RingTensor:
         """Convolution with a private weight (protocol section 3)."""
         x = self._ready_for_private_map()
-        data = x._private_map(weight.data, lambda a, w: ring.conv2d(a, w, stride, padding, dilation, groups))
+        data = x._private_map(weight, lambda a, w: ring.conv2d(a, w, stride, padding, dilation, groups))
         return x._mapped(data)
 
     def matmul(self, weight: Weight) -> RingTensor:
         """Product with a private matrix (protocol section 3)."""
         x = self._ready_for_private_map()
-        return x._mapped(x._private_map(weight.data, torch.matmul))
+        return x._mapped(x._private_map(weight, torch.matmul))
 
     def _ready_for_private_map(self) -> RingTensor:
         x: RingTensor = self
@@ -212,18 +228,15 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         return self._activation(module.layer, getattr(module, "c1", None), getattr(module, "c0", None))
 
     def _activation(self, layer: ActivationLayer, c1: Constant | None, c0: Constant | None) -> RingTensor:
+        z, constant = self, None
         if len(layer.square) and c1 is not None and c1.data is not None and c0 is not None and c0.data is not None:
-            shift, constant = square_constants(layer, c1.data, c0.data)
-            z = self._add_at_squares(layer, shift)._rescale()
-        else:
-            constant = None
-            z = self._rescale()
-        return z._activate(layer, constant)
-
-    def _add_at_squares(self, layer: ActivationLayer, shift: Tensor) -> RingTensor:
-        """Add per-channel `shift` at the square pixels; done by whoever holds it."""
-        dense = ring.encode(per_pixel(layer, shift), self.scale)
-        return self._with(self.data + dense.view(layer.mask.shape))
+            # only who holds the coefficients adds them: the shift before the square, the constant after it
+            r1, r0 = c1.data, c0.data
+            shift = c1.encoded("shift", self.scale, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[0], self.scale))
+            z = self._with(self.data + shift)
+            bits = self.fixed_point.activation_bits
+            constant = c0.encoded("constant", bits, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[1], bits))
+        return z._rescale()._activate(layer, constant)
 
     # --- what a role defines ------------------------------------------------------------------------------------
 
@@ -236,7 +249,7 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         """This role's data divided by 2^bits."""
 
     @abstractmethod
-    def _private_map(self, weight: Tensor, apply: Any) -> Tensor:
+    def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """This role's data of the map's output; the input is dealt."""
 
     @abstractmethod
@@ -245,7 +258,10 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
 
     @abstractmethod
     def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
-        """The activation of a value at scale f_a, whose square pixels already carry the shift; the result is dealt."""
+        """The activation of a value at scale f_a, whose square pixels already carry the shift; the result is dealt.
+
+        constant: what the square pixels still lack, ring elements of the layer's shape, for the role that holds it.
+        """
 
 
 def _window_index(size: int, kernel: int, stride: int, padding: int, offset: int, like: Tensor) -> Tensor:
@@ -262,8 +278,8 @@ def square_constants(layer: ActivationLayer, c1: Tensor, c0: Tensor) -> tuple[Te
     return shift, c0.flatten().double() - c2 * shift**2
 
 
-def per_pixel(layer: ActivationLayer, per_channel: Tensor) -> Tensor:
-    """A per-channel value at the square pixels, 0 elsewhere; float64, flat."""
-    dense = torch.zeros(layer.mask.numel(), dtype=torch.float64)
-    dense[layer.square] = per_channel[layer.channel_of(layer.square)]
-    return dense
+def encode_at_squares(layer: ActivationLayer, per_channel: Tensor, scale: int) -> Tensor:
+    """A per-channel real at the square pixels, 0 elsewhere; ring elements of the layer's shape."""
+    dense = torch.zeros(layer.mask.numel(), dtype=torch.int64)
+    dense[layer.square] = ring.encode(per_channel, scale)[layer.channel_of(layer.square)]
+    return dense.view(layer.mask.shape)
