@@ -18,10 +18,12 @@ from model_opt.networks import activation_shapes
 IDENTITY, SQUARE, RELU = 0, 1, 2
 """What a pixel does; the values of `PartialActivation.mask`."""
 
-RANGE_PENALTY = 1e-3
-"""Weight of half the squared excess of |z| over 2^k at square pixels, added to the loss per image.
+RANGE_PENALTY = 1e-2
+RANGE = 0.25
+"""RANGE_PENALTY times half the squared excess of |z| over RANGE 2^k, summed over square pixels, joins each image's loss.
 
-Beyond 2^k the quadratic term exceeds |z| and successive layers would amplify outliers without bound.
+Far beyond that range the quadratic term dominates, and successive layers amplify outliers until BatchNorm's running
+statistics, and with them evaluation, are worthless: seen at a penalty of 1e-3 beyond 2^k, gone with these values.
 """
 
 
@@ -76,7 +78,7 @@ class _Partial(torch.autograd.Function):
         grad_c0 = ((ones @ flat_grad)[0].float() * squares).view(-1, channels).sum(0).view_as(c0)
         grad_z = flat_grad * slope
         if RANGE_PENALTY:
-            excess = flat - flat.clamp(-1 / ctx.c2, 1 / ctx.c2)
+            excess = flat - flat.clamp(-RANGE / ctx.c2, RANGE / ctx.c2)
             grad_z.add_(excess.masked_fill_(flat_keep, 0), alpha=RANGE_PENALTY / len(z))
         grad_w = None
         if indicator is not None and ctx.needs_input_grad[1]:

@@ -104,8 +104,8 @@ def activation_shapes(model: nn.Module, input_shape: tuple[int, ...], kind: type
             hooks.append(module.register_forward_pre_hook(record))
     was_training = model.training
     try:
-        device = next(model.parameters()).device
-        model.eval()(torch.zeros(1, *input_shape, device=device))
+        first = next(model.parameters(), None)
+        model.eval()(torch.zeros(1, *input_shape, device=first.device if first is not None else "cpu"))
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -1,0 +1,138 @@
+"""Small networks, compiled once, and running services on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client import Client
+from model_opt.activation import partial_activations, replace_relus
+from model_opt.compiler import compile_model
+from protocol import relucent_pb2_grpc as rpc
+from protocol.model import Model
+from protocol.transport import OPTIONS, connect
+from server.dealer import DealerService
+from server.service import InferenceService
+
+CLASSES = tuple("abcdefghij")
+SHAPE = (3, 8, 8)
+
+
+class TinyResidual(nn.Module):
+    """Every supported layer in 8x8: strides, padding, dilation, groups, both pools, a residual, two maps in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 1, 1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.max = nn.MaxPool2d(3, 2, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, 1, 2, dilation=2, groups=8)
+        self.relu2 = nn.ReLU()
+        self.point = nn.Conv2d(8, 8, 1, groups=2)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(8, 8, 1)
+        self.relu3 = nn.ReLU()
+        self.average = nn.AvgPool2d(3, 1, 1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.max(self.relu1(self.bn1(self.conv1(x))))
+        y = self.conv2(self.point(self.relu2(self.depthwise(x))))
+        y = self.relu3(y + self.shortcut(x) + x)
+        return self.fc(self.dropout(self.flatten(self.pool(self.bn2(self.average(y))))))
+
+
+def build_compiled(network: nn.Module, images: Tensor, **options: object) -> Model:
+    """Compile with the tests' class names and normalisation."""
+    classes = options.pop("classes", CLASSES)
+    return compile_model(network, images, name="tiny", classes=classes, mean=(0.5,) * images.shape[1],  # type: ignore[arg-type]
+                         std=(0.25,) * images.shape[1])
+
+
+def make_network(mixed: bool) -> nn.Module:
+    """TinyResidual with random statistics; `mixed` puts identity, square and ReLU at random pixels."""
+    torch.manual_seed(1)
+    network = TinyResidual().eval()
+    for norm in (network.bn1, network.bn2):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    if mixed:
+        replace_relus(network, SHAPE)
+        for layer in partial_activations(network).values():
+            layer.mask.copy_(torch.randint(0, 3, layer.mask.shape))
+            layer.fit(torch.zeros(len(layer.mask)), torch.ones(len(layer.mask)), damping=0)
+    return network
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """Normalised images, float64 (4, 3, 8, 8)."""
+    return torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
+
+
+@pytest.fixture(scope="session")
+def relu_model(images: Tensor) -> Model:
+    return build_compiled(make_network(False), images.float())
+
+
+@pytest.fixture(scope="session")
+def mixed_model(images: Tensor) -> Model:
+    return build_compiled(make_network(True), images.float())
+
+
+@dataclass
+class Services:
+    """A dealer and a server in this process."""
+
+    server_address: str
+    dealer_address: str
+    service: InferenceService
+    dealer: DealerService
+    dealer_server: grpc.Server
+    inference_server: grpc.Server
+    cache: Path
+
+    def client(self, **options: float) -> Client:
+        return Client(self.server_address, self.dealer_address, insecure=True, cache=self.cache, timeout_s=options.get("timeout_s", 30))
+
+
+def start(add: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
+    server = grpc.server(ThreadPoolExecutor(32), options=OPTIONS)
+    add(server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
+    """serve(model, **options of InferenceService) -> Services, stopped after the test."""
+    started: list[Services] = []
+
+    def run(model: Model, **options: float) -> Services:
+        dealer = DealerService()
+        dealer_server, dealer_address = start(lambda s: rpc.add_DealingServicer_to_server(dealer, s))
+        service = InferenceService(model, connect(dealer_address, True), **options)  # type: ignore[arg-type]
+        service.register(10)
+        server, address = start(lambda s: rpc.add_InferenceServicer_to_server(service, s))
+        started.append(Services(address, dealer_address, service, dealer, dealer_server, server, tmp_path / "cache"))
+        return started[-1]
+
+    yield run
+    for services in started:
+        services.inference_server.stop(0)
+        services.dealer_server.stop(0)

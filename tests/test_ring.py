@@ -1,0 +1,101 @@
+"""Ring arithmetic is exact; truncation keeps its derived bound."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol import ring
+from protocol.ring import Party
+
+WORDS = st.integers(-(2**63), 2**63 - 1)
+
+
+def exact_conv(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int, groups: int) -> np.ndarray:
+    """Convolution with Python integers, reduced modulo 2^64."""
+    xs = np.pad(x.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2)).astype(object)
+    ws = w.numpy().astype(object)
+    out_channels, per_group, kh, kw = ws.shape
+    rows, columns = ((xs.shape[i] - k) // stride + 1 for i, k in ((2, kh), (3, kw)))
+    out = np.zeros((len(xs), out_channels, rows, columns), dtype=object)
+    for o in range(out_channels):
+        first = o // (out_channels // groups) * per_group
+        for i in range(rows):
+            for j in range(columns):
+                window = xs[:, first : first + per_group, i * stride : i * stride + kh, j * stride : j * stride + kw]
+                out[:, o, i, j] = (window * ws[o]).sum((1, 2, 3))
+    return (((out + 2**63) % 2**64) - 2**63).astype(np.int64)
+
+
+@pytest.mark.parametrize(("stride", "padding", "groups"), [(1, 0, 1), (2, 1, 1), (1, 1, 2), (2, 2, 4)])
+def test_convolution_is_exact_modulo_2_64(stride: int, padding: int, groups: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-(2**63), 2**63 - 1, (2, 4, 5, 5), generator=g)
+    w = torch.randint(-(2**63), 2**63 - 1, (4, 4 // groups, 3, 3), generator=g)
+    got = ring.conv2d(x, w, (stride, stride), (padding, padding), (1, 1), groups)
+    assert np.array_equal(got.numpy(), exact_conv(x, w, stride, padding, groups))
+
+
+def test_limbs_equal_int64_at_the_edges() -> None:
+    g = torch.Generator().manual_seed(0)
+    w = torch.randint(-700, 700, (128, 128, 3, 3), generator=g)
+    w[0] = 3640  # sum of |w| just below 2^22
+    limbs = ring.limb_weight(w)
+    assert limbs is not None
+    x = torch.randint(-(2**63), 2**63 - 1, (2, 128, 4, 4), generator=g)
+    x[0, :, 0, 0] = torch.tensor([-(2**63), 2**63 - 1, -1, 0]).repeat(32)
+    x[1] = -(2**31)
+    conv = lambda a, b: torch.nn.functional.conv2d(a, b, padding=1)
+    assert torch.equal(ring.map_in_limbs(x, limbs, conv), conv(x, w))
+
+
+def test_limbs_are_refused_where_they_would_round() -> None:
+    w = torch.full((128, 128, 3, 3), 3641 + 100)
+    assert ring.limb_weight(w) is None
+
+
+@given(st.lists(WORDS, min_size=1, max_size=20), st.lists(WORDS, min_size=20, max_size=20), st.integers(1, 20))
+def test_truncation_error_is_at_most_one_unit(values: list[int], masks: list[int], bits: int) -> None:
+    y = torch.tensor(values) >> 12  # small against the ring: the exceptional event needs a mask within |y| of the wrap
+    client = torch.tensor(masks[: len(values)])
+    server = y - client
+    wrapped = (server.numpy().astype(object) + client.numpy().astype(object)) != y.numpy().astype(object)
+    got = ring.truncate_local(server, bits, Party.SERVER) + ring.truncate_local(client, bits, Party.CLIENT)
+    error = got - (y >> bits)
+    ok = torch.from_numpy(~wrapped.astype(bool)) & (client != -(2**63))  # the one share that has no negative
+    # without a wrap the sum is rounded up or down; a wrap adds exactly +-2^(64-bits) and is what the failure bound counts
+    assert ((error[ok] == 0) | (error[ok] == 1)).all()
+
+
+def test_truncation_is_unbiased() -> None:
+    y = torch.full((200_000,), 5)
+    client = torch.from_numpy(np.frombuffer(np.random.default_rng(0).bytes(8 * len(y)), np.int64).copy())
+    got = ring.truncate_local(y - client, 3, Party.SERVER) + ring.truncate_local(client, 3, Party.CLIENT)
+    assert abs(float(got.double().mean()) - 5 / 8) < 5 * (0.25 / len(y)) ** 0.5 * 2
+
+
+def test_a_mask_near_the_wrap_does_spoil_the_element() -> None:
+    """The exceptional event exists: the failure bound is not vacuous."""
+    y, client = torch.tensor([100]), torch.tensor([-(2**63) + 50])
+    server = y - client  # wraps
+    got = ring.truncate_local(server, 4, Party.SERVER) + ring.truncate_local(client, 4, Party.CLIENT)
+    assert abs(int(got) - 6) > 2**50
+
+
+@given(st.lists(st.floats(-1000, 1000), min_size=1), st.integers(4, 20))
+def test_encoding_rounds_to_nearest(values: list[float], bits: int) -> None:
+    x = torch.tensor(values, dtype=torch.float64)
+    assert ((ring.decode(ring.encode(x, bits), bits) - x).abs() <= 2.0 ** -(bits + 1)).all()
+
+
+def test_sum_pool_matches_average_pool() -> None:
+    x = torch.randint(-1000, 1000, (2, 3, 7, 7))
+    got = ring.sum_pool2d(x, (3, 3), (2, 2), (1, 1)).double() / 9
+    assert torch.allclose(got, torch.nn.functional.avg_pool2d(x.double(), 3, 2, 1))
+
+
+def test_bytes_round_trip() -> None:
+    x = torch.tensor([[1, -1], [2**63 - 1, -(2**63)]])
+    assert bytes(ring.to_bytes(x)[:8]) == b"\x01" + bytes(7)
+    assert torch.equal(ring.from_bytes(bytes(ring.to_bytes(x)), (2, 2)), x)

@@ -1,0 +1,75 @@
+"""Chunks and messages: round trips, and every deviation is refused."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import ProtocolViolation, VersionMismatch
+from protocol.relucent_pb2 import Chunk
+from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version, to_chunks
+
+
+def receiver(chunks: list[Chunk]) -> ChunkReceiver:
+    feed: Iterator[Chunk] = iter(chunks)
+    return ChunkReceiver(lambda: next(feed))
+
+
+@given(st.lists(st.integers(0, 5), max_size=6), st.integers(-2, 2))
+def test_round_trip_at_chunk_borders(halves: list[int], extra: int) -> None:
+    parts = [bytes([i]) * max(0, h * CHUNK_BYTES // 2 + extra) for i, h in enumerate(halves)]
+    chunks = list(to_chunks(7, tuple(parts)))
+    whole = b"".join(parts)
+    assert all(0 < len(c.data) <= CHUNK_BYTES for c in chunks[:-1])
+    assert [c.last for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert len(chunks) == max(1, -(-len(whole) // CHUNK_BYTES))
+    assert b"".join(c.data for c in chunks) == whole
+
+
+def test_sender_and_receiver_agree_and_count() -> None:
+    sent: list[Chunk] = []
+    sender = ChunkSender(sent.append)
+    for data in (b"abc", b"", bytes(CHUNK_BYTES + 5)):
+        sender.send(data)
+    back = receiver(sent)
+    assert [bytes(back.receive(n)) for n in (3, 0, CHUNK_BYTES + 5)] == [b"abc", b"", bytes(CHUNK_BYTES + 5)]
+    assert sender.bytes == back.bytes < CHUNK_BYTES * 1.01
+
+
+GOOD = [Chunk(sequence=0, data=b"ab"), Chunk(sequence=0, data=b"cd", last=True)]
+BAD = {
+    "too long": [Chunk(sequence=0, data=b"abcde", last=True)],
+    "too short": [Chunk(sequence=0, data=b"abc", last=True)],
+    "too long over chunks": [GOOD[0], Chunk(sequence=0, data=b"cde", last=True)],
+    "out of order": [Chunk(sequence=1, data=b"abcd", last=True)],
+    "next message inside this one": [GOOD[0], Chunk(sequence=1, data=b"cd", last=True)],
+    "empty chunk": [Chunk(sequence=0), *GOOD],
+    "huge chunk": [Chunk(sequence=0, data=bytes(CHUNK_BYTES + 1), last=True)],
+}
+
+
+def test_good_message_passes() -> None:
+    assert receiver(GOOD).receive(4) == b"abcd"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_message_is_refused(name: str) -> None:
+    with pytest.raises(ProtocolViolation):
+        receiver(BAD[name]).receive(CHUNK_BYTES + 1 if name == "huge chunk" else 4)
+
+
+def test_repeated_message_is_refused() -> None:
+    channel = receiver([*GOOD, *GOOD])
+    channel.receive(4)
+    with pytest.raises(ProtocolViolation, match="where 1 is due"):
+        channel.receive(4)
+
+
+def test_versions_and_lengths() -> None:
+    check_version(1)
+    with pytest.raises(VersionMismatch, match="version 2"):
+        check_version(2)
+    assert check_bytes(bytes(16), 16, "id") == bytes(16)
+    with pytest.raises(ProtocolViolation, match="15 bytes"):
+        check_bytes(bytes(15), 16, "id")
