@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from benchmarks.accuracy import measure_accuracy
+from benchmarks.demo import MODEL
+from benchmarks.demo import demo as run_demo
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
-from model_opt.autorep import BudgetError
+from model_opt.data import DataError
+from model_opt.files import NetworkFileError
 from protocol.errors import InputError
 from protocol.model import load
 from protocol.terminal import exit_on_error
@@ -53,7 +57,7 @@ def table_of(results: list[dict[str, Any]]) -> Table:
 
 
 @app.command()
-@exit_on_error("relucent-bench", BudgetError)
+@exit_on_error("relucent-bench")
 def latency(
     model: Annotated[Path | None, typer.Option(help="Compiled model; else a random network.")] = None,
     network: Annotated[str, typer.Option(help="Architecture of the random network.")] = "resnet18",
@@ -74,8 +78,6 @@ def latency(
                 raise InputError(f"--relus {relus!r} is no number", "pass a count or 'all'")
             try:
                 loaded = random_model(network, width, None if relus == "all" else int(relus))
-            except BudgetError:
-                raise
             except ValueError as error:
                 raise InputError(str(error)) from error
         result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update)
@@ -83,3 +85,38 @@ def latency(
         print(json.dumps(result))
     else:
         Console().print(table_of([result]))
+
+
+@app.command()
+@exit_on_error("relucent-bench")
+def demo(
+    model: Annotated[Path, typer.Option(help="Compiled CIFAR-10 model.")] = MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Classify ten bundled CIFAR-10 test images privately and show what fewer ReLUs save."""
+    run_demo(model, as_json)
+
+
+@app.command()
+@exit_on_error("relucent-bench", DataError, NetworkFileError)
+def accuracy(
+    model: Annotated[Path, typer.Option(help="Compiled CIFAR-10 model.")] = MODEL,
+    network: Annotated[Path | None, typer.Option(help="The float network it was compiled from; else the file's own weights.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-bin/.")] = Path("data"),
+    images: Annotated[int, typer.Option(help="Test images, from the first.", min=1, max=10_000)] = 1000,
+    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Float, fixed-point and private accuracy and their agreement, private in three real processes."""
+    result = measure_accuracy(model, network, data, images, batch)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for key in ("float_accuracy", "fixed_point_accuracy", "private_accuracy", "private_float_agreement",
+                    "private_fixed_point_agreement"):
+            print(f"{key.replace('_', ' ')}: {result[key]:.2%}")
+        print(f"largest difference of private and fixed-point logits: {result['max_abs_error']:.5f}")
+
+
+if __name__ == "__main__":
+    app()

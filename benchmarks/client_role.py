@@ -19,6 +19,7 @@ from client import Client
 
 
 def main() -> None:
+    """Run the measured inferences and print their figures."""
     server, dealer, path, runs = sys.argv[1:5]
     images = np.load(path, allow_pickle=False)
     batch = images.shape[1]

@@ -21,6 +21,7 @@ from protocol.model import load
 
 
 def main() -> None:
+    """Run this party and, at rank 0, print the figures."""
     path, images, runs = Path(sys.argv[1]), np.load(sys.argv[2], allow_pickle=False), int(sys.argv[3])
     crypten.init()
     crypten.cfg.communicator.verbose = True

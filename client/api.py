@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import threading
@@ -124,10 +125,8 @@ class Client:
         if left:
             request = pb.DiscardRequest(material_ids=[p.material.material_id for p in left],
                                         client_secrets=[p.secret for p in left])
-            try:
+            with contextlib.suppress(grpc.RpcError):  # the server forgets it by itself in time
                 self._server.Discard(request, timeout=5)
-            except grpc.RpcError:
-                pass  # the server forgets it by itself in time
         self._close_channels()
 
     def _close_channels(self) -> None:

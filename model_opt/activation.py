@@ -66,7 +66,7 @@ class _Partial(torch.autograd.Function):
         return _unflat(torch.where(_flat(keep[None])[0], flat.clamp_min(0), poly), z)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, indicator, keep, c1, c0 = ctx.saved_tensors
         channels = z.shape[1]
         flat, flat_grad, flat_keep = _flat(z), _flat(grad), _flat(keep[None])[0]
@@ -156,7 +156,8 @@ class PartialActivation(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         if z.dim() == 4 and not bool((self.mask == IDENTITY).any()):
-            result: Tensor = _Partial.apply(z, self.indicator, self.mask == RELU, self.c2, self.c1, self.c0)  # type: ignore[no-untyped-call]
+            result: Tensor = _Partial.apply(  # type: ignore[no-untyped-call]
+                z, self.indicator, self.mask == RELU, self.c2, self.c1, self.c0)
             return result
         poly = self.c2 * z * z + self.c1 * z + self.c0
         return torch.where(self.mask == RELU, z.clamp_min(0), torch.where(self.mask == SQUARE, poly, z))

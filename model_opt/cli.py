@@ -73,7 +73,8 @@ def train(
         raise InputError(str(error)) from error
     recipe = Recipe(epochs=epochs, batch=batch, lr=lr, seed=seed)
     score = fit(model, training, validation, recipe, run or Path("runs") / out.stem, label=f"train {network} {width}")
-    made_by = {"command": "train", "epochs": epochs, "batch": batch, "lr": lr, "seed": seed, "validation_accuracy": score}
+    made_by: dict[str, str | int | float] = {"command": "train", "epochs": epochs,
+                                               "batch": batch, "lr": lr, "seed": seed, "validation_accuracy": score}
     _save(model, files.NetworkInfo(network, width, data.CLASSES, (3, 32, 32), False, made_by), out)
     print(f"wrote {out}: validation accuracy {score:.2%}")
 
@@ -113,7 +114,8 @@ def reduce(
     score = fit(student, training, validation, recipe, run or Path("runs") / out.stem, teacher=parent if distil else None,
                 stage=stage, label=f"autorep {budget} {indicator_lr} {freeze}")
     relus = stage.finish()
-    made_by = {"command": "reduce", "method": "autorep", "budget": budget, "relus": relus, "total": total, "epochs": epochs,
+    made_by: dict[str, str | int | float] = {"command": "reduce", "method": "autorep",
+                                               "budget": budget, "relus": relus, "total": total, "epochs": epochs,
                "batch": batch, "lr": lr, "indicator_lr": indicator_lr, "freeze": freeze, "distil": int(distil), "seed": seed,
                "validation_accuracy": score}
     _save(student, replace(info, partial=True, made_by=made_by), out)

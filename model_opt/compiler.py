@@ -242,7 +242,12 @@ def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes
     if calibration.dim() < 2 or len(calibration) == 0:
         raise CompileError("calibration needs at least one image")
     input_shape = tuple(calibration.shape[1:])
-    network = replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
+    try:
+        network = replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
+    except ValueError as error:
+        raise CompileError(str(error)) from error
+    except Exception as error:  # whatever a user's forward raises
+        raise CompileError(f"the network does not run on an input of shape {input_shape}: {error}") from error
     with torch.no_grad():
         drafts = _trace(network, input_shape)
     nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)

@@ -31,7 +31,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out)) + self.shortcut(x)
-        return self.relu2(out)
+        result: Tensor = self.relu2(out)
+        return result
 
 
 class ResNet(nn.Module):

@@ -6,6 +6,7 @@ A run folder holds `checkpoint.pt` (written atomically after each epoch), `log.c
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import os
 import time
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from model_opt.data import Split, batches, normalise
+
+NORM_IMAGES = 4000
 
 
 class TrainingError(Exception):
@@ -103,6 +106,27 @@ def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
     return hits / len(split)
 
 
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, sample: Split, batch: int = 500) -> None:
+    """Set every BatchNorm's running statistics to the averages over `sample`, unaugmented, in float32.
+
+    Behind squares a few outliers dominate the exponential averages of training and spoil evaluation: 70% instead of
+    85% on the same weights was seen. Leaves the model in eval mode.
+    """
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    where = next(model.parameters()).device
+    model.train()
+    for start in range(0, len(sample), batch):
+        model(normalise(sample.images[start : start + batch].to(where)).contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    model.eval()
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that a crash or a full disk leaves the old one: to a neighbour first, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,14 +178,15 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
     generator = torch.Generator().manual_seed(recipe.seed)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
     settings = {"label": label, **asdict(recipe)}
-    epoch, step = _resume(checkpoint, settings, model, optimiser, generator, stage) if checkpoint.exists() else (0, 0)
+    first, step = _resume(checkpoint, settings, model, optimiser, generator, stage) if checkpoint.exists() else (0, 0)
     steps = recipe.epochs * (len(train) // recipe.batch)
-    validated = accuracy(model, validation) if epoch else 0.0
+    validated = accuracy(model, validation) if first else 0.0
+    sample = Split(train.images[:NORM_IMAGES], train.labels[:NORM_IMAGES])
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns) as bar:
         task = bar.add_task(label, total=steps, completed=step, note="")
-        for epoch in range(epoch, recipe.epochs):
+        for epoch in range(first, recipe.epochs):
             model.train()
             started, total, seen = time.monotonic(), 0.0, 0
             for x, y in batches(train, recipe.batch, generator):
@@ -180,20 +205,21 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
                 if not math.isfinite(value):
                     raise TrainingError(f"loss is {value} at step {step}; the last good checkpoint is {checkpoint}; try a lower --lr")
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(weights, recipe.clip)
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)
                 total, seen = total + value, seen + 1
                 bar.update(task, completed=step, note=f"loss {value:.3f}")
+            reestimate_norms(model, sample)
             validated = accuracy(model, validation)
             row = {"epoch": epoch + 1, "loss": round(total / seen, 5), "validation_accuracy": validated,
                    "seconds": round(time.monotonic() - started, 1), **stage.status()}
             state = {"settings": settings, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
                      "generator": generator.get_state(), "stage": stage.state(), "epoch": epoch + 1, "step": step}
             try:
-                write_atomically(checkpoint, lambda part: torch.save(state, part))
+                write_atomically(checkpoint, functools.partial(torch.save, state))
                 fresh = not log.exists()
                 with log.open("a", newline="") as out:
                     writer = csv.DictWriter(out, list(row))

@@ -39,10 +39,11 @@ def _import_crypten() -> Any:
 
 crypten = _import_crypten()
 CrypTensor: Any = crypten.CrypTensor
+_Module: Any = crypten.nn.Module
 register_cryptensor: Callable[[str], Callable[[type], type]] = crypten.register_cryptensor
 
 
-class PartialActivation(crypten.nn.Module):  # type: ignore[misc]
+class PartialActivation(_Module):  # type: ignore[misc]
     """The partial activation as a CrypTen module.
 
     On our tensors it is one step of the protocol. On any other CrypTensor (CrypTen's own "mpc" type) it evaluates

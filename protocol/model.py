@@ -183,7 +183,8 @@ class PublicModel:
     def to_bytes(self) -> bytes:
         """The public part as a safetensors file of its own."""
         tensors = {f"public.{name}": mask for name, mask in self.masks.items()}
-        return safetensors.torch.save(tensors, {"relucent": json.dumps(self.describe(), sort_keys=True)})
+        data: bytes = safetensors.torch.save(tensors, {"relucent": json.dumps(self.describe(), sort_keys=True)})
+        return data
 
     @staticmethod
     def from_bytes(data: bytes) -> PublicModel:

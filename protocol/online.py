@@ -50,8 +50,7 @@ class _ServerPass:
 
     def __init__(self, plan: Plan, contents: ServerContents, channel: Channel) -> None:
         self.plan, self.channel = plan, channel
-        self.linear, self.remask, self.activations = (iter(part) for part in
-                                                      (contents.linear, contents.remask, contents.activations))
+        self.linear, self.remask, self.activations = iter(contents.linear), iter(contents.remask), iter(contents.activations)
 
     @property
     def fixed_point(self) -> FixedPoint:

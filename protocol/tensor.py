@@ -79,7 +79,7 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
     """
 
     # CrypTen's attribute hook serves automatic differentiation and switches global state; nothing here is differentiated
-    __getattribute__ = object.__getattribute__  # type: ignore[assignment]
+    __getattribute__ = object.__getattribute__
     data: Tensor = None  # type: ignore[assignment]  # replaces CrypTensor's property
 
     def __init__(self, session: Any, data: Tensor, scale: int, dealt: bool) -> None:

@@ -168,7 +168,12 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
     thread.start()
     try:
         while True:
-            message, failure = outgoing.get()
+            try:
+                message, failure = outgoing.get(timeout=0.5)
+            except queue.Empty:
+                if gone.is_set():  # the session could not hand over its end any more
+                    return
+                continue
             if failure is not None:
                 abort(context, failure)
             if message is None:

@@ -71,7 +71,7 @@ class _Meeting:
                     raise PeerError("the other party left, or dealing failed; the material is destroyed") from None
 
 
-class DealerService(rpc.DealingServicer):
+class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     """Servicer of the Dealing service. `max_deals` dealings run at once, `max_registrations` models are held."""
 
     def __init__(self, max_deals: int = 4, max_registrations: int = 32) -> None:

@@ -81,17 +81,19 @@ class DealerLink:
         delta = b"".join(bytes(ring.to_bytes(part)) for part in make_delta(self._model, masks).values())
         return _Registered(secret, hashlib.sha256(secret).digest(), delta, hashlib.sha256(delta).digest())
 
-    def fetch(self, registered: _Registered, plan: Plan, material_id: bytes, client_id: bytes) -> tuple[Seed, ChunkReceiver]:
-        """Ask for the server's part of one material."""
+    def fetch(self, registered: _Registered, plan: Plan, material_id: bytes, client_id: bytes,
+              context: grpc.ServicerContext) -> tuple[Seed, ChunkReceiver]:
+        """Ask for the server's part of one material; the request ends with the client's call `context`."""
         request = pb.MaterialRequest(
             protocol_version=PROTOCOL_VERSION, model_id=plan.model.model_id, registration_id=registered.registration_id,
             material_id=material_id, client_id=client_id, batch=plan.batch, registration_secret=registered.secret)
         messages = self._stub.FetchMaterial(request, timeout=self._timeout_s)
+        context.add_callback(messages.cancel)
         seed = Seed(check_bytes(next_message(messages, "the dealer").seed, SECRET_BYTES, "the seed"))
         return seed, ChunkReceiver(lambda: next_message(messages, "the dealer").chunk)
 
 
-class InferenceService(rpc.InferenceServicer):
+class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
     """Servicer of the Inference service for one model.
 
     Args:
@@ -180,7 +182,7 @@ class InferenceService(rpc.InferenceServicer):
             try:
                 transmit(pb.PreprocessDown(material_id=material_id))
                 try:
-                    seed, source = self._link.fetch(current, plan, material_id, client_id)
+                    seed, source = self._link.fetch(current, plan, material_id, client_id, context)
                 except ModelMismatch:
                     self._reregister(current)
                     raise

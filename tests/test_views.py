@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from protocol import ring
 from protocol.channel import MemoryChannel, MemoryPipe
-from protocol.inference import make_delta, preprocess
 from protocol.dealing import weight_masks
+from protocol.inference import make_delta, preprocess
 from protocol.model import Model
 from protocol.online import online_client, online_server
 from protocol.prg import Seed
-from protocol import ring
 from protocol.simulation import server_parameters
 from tests.conftest import SHAPE
 from tests.test_dcf import bias

@@ -1,0 +1,136 @@
+"""The programs as users run them: real processes, exit codes, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.processes import Roles, serving
+from protocol.model import Model, save
+
+APPS = {"client": "client.cli:app", "server": "server.cli:server_app", "dealer": "server.cli:dealer_app",
+        "opt": "model_opt.cli:app", "bench": "benchmarks.cli:app"}
+
+
+def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    module, app = APPS[name].split(":")
+    command = [sys.executable, "-c", f"from {module} import {app} as app; app()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def model_path(mixed_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    save(mixed_model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def roles(model_path: Path) -> Iterator[Roles]:
+    with serving(model_path) as running:
+        yield running
+
+
+def image(folder: Path, size: int = 8) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / "i.png")
+    return folder / "i.png"
+
+
+def test_three_processes_classify(roles: Roles, tmp_path: Path, mixed_model: Model) -> None:
+    peers = ["--server", roles.server, "--dealer", roles.dealer, "--insecure", "--cache", tmp_path / "cache"]
+    done = program("client", "classify", image(tmp_path), tmp_path / "i.png", *peers, "--json")
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["model_id"] == mixed_model.public.model_id
+    assert [r["label"] for r in out["results"]] == [out["results"][0]["label"]] * 2
+    text = program("client", "classify", image(tmp_path, 20), *peers)
+    assert text.returncode == 0
+    assert "resized from 20x20 to 8x8" in text.stderr
+    assert out["results"][0]["label"] in mixed_model.public.classes
+
+
+def mistake(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr.lower() or "Error" in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_client_mistakes(roles: Roles, tmp_path: Path) -> None:
+    peers = ["--server", roles.server, "--dealer", roles.dealer, "--cache", tmp_path]
+    (tmp_path / "text.png").write_text("no image")
+    mistake(program("client", "classify", tmp_path / "text.png", *peers, "--insecure"), 2, "no readable image", "hint")
+    mistake(program("client", "classify", tmp_path / "none.png", *peers, "--insecure"), 2, "does not exist")
+    mistake(program("client", "classify", image(tmp_path), *peers), 2, "--insecure")
+    nowhere = ["--server", "127.0.0.1:9", "--dealer", "127.0.0.1:9", "--insecure"]
+    mistake(program("client", "classify", image(tmp_path), *nowhere), 1, "unreachable", "hint")
+    swapped = ["--server", roles.dealer, "--dealer", roles.server, "--insecure"]
+    mistake(program("client", "classify", image(tmp_path), *swapped), 1, "no Relucent service")
+
+
+def test_server_mistakes(roles: Roles, tmp_path: Path, model_path: Path) -> None:
+    options = ["--dealer", roles.dealer, "--listen", "127.0.0.1:0", "--insecure"]
+    data = model_path.read_bytes()
+    for name, content in {"truncated": data[:1000], "other": b"x" * 500}.items():
+        (tmp_path / name).write_bytes(content)
+        mistake(program("server", "serve", tmp_path / name, *options), 2, "truncated or corrupt", "hint")
+    changed = data.replace(b'\\"version\\": 1', b'\\"version\\": 7')
+    assert changed != data
+    (tmp_path / "newer").write_bytes(changed)
+    mistake(program("server", "serve", tmp_path / "newer", *options), 2, "version 7")
+    mistake(program("server", "serve", tmp_path / "none", *options), 2, "missing")
+    mistake(program("server", "serve", model_path, "--dealer", roles.dealer), 2, "plaintext")
+    mistake(program("server", "serve", model_path, "--dealer", roles.dealer, "--insecure", "--listen", roles.server), 1, "cannot listen")
+
+
+def test_sigterm_stops_cleanly(model_path: Path) -> None:
+    from benchmarks.processes import role_command
+
+    command = role_command("dealer", "serve", "--insecure", "--listen", "127.0.0.1:0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as dealer:
+        assert dealer.stdout is not None
+        assert dealer.stdout.readline().startswith("dealing on 127.0.0.1:")
+        dealer.send_signal(signal.SIGTERM)
+        assert dealer.wait(15) == 0
+
+
+def test_opt_mistakes(tmp_path: Path, model_path: Path) -> None:
+    mistake(program("opt", "train", "--data", tmp_path, "--out", tmp_path / "o"), 2, "is missing", "--download")
+    mistake(program("opt", "reduce", "--teacher", tmp_path / "none", "--budget", 10, "--out", tmp_path / "o"), 2, "does not exist")
+    mistake(program("opt", "evaluate", model_path, "--data", tmp_path), 2, "is missing")
+    from model_opt.data import CLASSES
+    from model_opt.files import NetworkInfo, save_network
+    from model_opt.networks import resnet18
+
+    teacher = tmp_path / "teacher.safetensors"
+    save_network(resnet18(4), NetworkInfo("resnet18", 4, CLASSES, (3, 32, 32), False, {}), teacher)
+    for budget, word in ((-1, "negative"), (10**9, "exceeds")):
+        done = program("opt", "reduce", "--teacher", teacher, "--budget", budget, "--out", tmp_path / "o", "--data", tmp_path)
+        mistake(done, 2, word)
+    mistake(program("opt", "compile", tmp_path / "none", "--out", tmp_path / "o"), 2, "does not exist")
+
+
+def test_latency_prints_every_figure(model_path: Path) -> None:
+    done = program("bench", "latency", "--model", model_path, "--runs", 2, "--no-crypten", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    wanted = {"network", "width", "relus", "activations", "activation_layers", "batch", "runs", "plaintext_ms", "online_ms",
+              "online_ms_spread", "preprocessing_ms", "crypten_ms", "online_bytes_up", "online_bytes_down", "preprocessing_bytes",
+              "rounds", "crypten_bytes", "crypten_rounds", "max_abs_error", "agreement", "peak_rss_mb", "versions", "cpu"}
+    assert wanted <= set(figures)
+    assert figures["max_abs_error"] <= figures["rounding_bound"]
+    assert figures["agreement"] == 1.0
+    assert set(figures["peak_rss_mb"]) == {"client", "server", "dealer"}
+    mistake(program("bench", "latency", "--relus", "-5", "--width", 4), 2, "negative")
+    mistake(program("bench", "latency", "--relus", "10000000", "--width", 4), 2, "exceeds")
+    mistake(program("bench", "latency", "--relus", "some"), 2, "no number")
+    mistake(program("bench", "demo", "--model", model_path.parent / "none"), 2, "missing")

@@ -1,0 +1,419 @@
+"""Dealer, server and client over real sockets: results, single use, faults, hostile input."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from client import Client
+from protocol import errors
+from protocol import relucent_pb2 as pb
+from protocol import relucent_pb2_grpc as rpc
+from protocol.errors import (
+    InputError,
+    MaterialError,
+    ModelMismatch,
+    PeerError,
+    ProtocolViolation,
+    RelucentError,
+    ResourceLimit,
+    StorageError,
+    VersionMismatch,
+)
+from protocol.inference import normalise_images
+from protocol.model import Model
+from protocol.simulation import simulate
+from protocol.transport import STATUS, connect, translate
+from protocol.wire import FRAME_BYTES, to_chunks
+from server.dealer import DealerService
+from tests.conftest import SHAPE, Services, start
+
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8))
+Serve = Callable[..., Services]
+
+
+def expected(model: Model, pixels: torch.Tensor) -> torch.Tensor:
+    return simulate(model, normalise_images(pixels, model.public))
+
+
+def close(client: Client, model: Model, pixels: torch.Tensor) -> None:
+    got = torch.tensor([p.logits for p in client.predict(pixels)], dtype=torch.float64)
+    assert float((got - expected(model, pixels)).abs().max()) < 0.01
+
+
+def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None:
+    services = serve(mixed_model, max_batch=3)
+    with services.client() as client:
+        close(client, mixed_model, PIXELS)  # four images, at most three in a batch
+        close(client, mixed_model, PIXELS[:1])
+        assert client.last_online is not None
+        plan = client._plan(1)
+        assert client.last_online.rounds == plan.rounds
+        payload_up, payload_down = plan.online_bytes_up, plan.online_bytes_down
+        assert payload_up < client.last_online.bytes_up < payload_up + 20 * plan.rounds
+        assert payload_down < client.last_online.bytes_down < payload_down + 20 * plan.rounds
+        result = client.predict(PIXELS[:1])[0]
+        assert result.label == mixed_model.public.classes[result.index]
+        with pytest.raises(InputError, match=r"1\.\.3"):
+            client.preprocess(1, batch=4)
+
+
+def test_preprocessing_ahead(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    done: list[int] = []
+    with services.client() as client:
+        client.preprocess(3, progress=done.append)
+        assert (client.prepared(), done, len(services.service._stock)) == (3, [1, 2, 3], 3)
+        for left in (2, 1, 0):
+            close(client, relu_model, PIXELS[:1])
+            assert client.prepared() == left
+        client.preprocess(2)
+    assert len(services.service._stock) == 0  # close discards
+
+
+def test_concurrent_clients_do_not_disturb_each_other(serve: Serve, mixed_model: Model) -> None:
+    services = serve(mixed_model)
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            with services.client() as client:
+                for _ in range(3):
+                    close(client, mixed_model, PIXELS[index : index + 1])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_delta_is_cached_and_a_damaged_copy_replaced(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        close(client, relu_model, PIXELS[:1])
+    (file,) = services.cache.iterdir()
+    before = file.stat().st_mtime_ns
+    with services.client():
+        assert file.stat().st_mtime_ns == before
+    file.write_bytes(bytes(len(file.read_bytes())))
+    with services.client() as client:
+        close(client, relu_model, PIXELS[:1])
+    (file,) = services.cache.iterdir()
+    assert any(file.read_bytes())
+
+
+def test_cache_that_cannot_be_written(serve: Serve, relu_model: Model, tmp_path: Path) -> None:
+    services = serve(relu_model)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(StorageError, match="cannot store Delta") as caught:
+        Client(services.server_address, services.dealer_address, insecure=True, cache=blocked)
+    assert caught.value.hint
+
+
+def test_full_disk(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import client.delta_cache as module
+
+    services = serve(relu_model)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        services.client()
+    assert list(services.cache.iterdir()) == []  # nothing half-written stays
+
+
+# --- single use ------------------------------------------------------------------------------------------------------
+
+
+def steal(client: Client) -> tuple[bytes, bytes]:
+    """Id and secret of the next prepared material."""
+    prepared = client._stock[1][0]
+    return prepared.material.material_id, prepared.secret
+
+
+def infer_messages(client: Client, material_id: bytes, secret: bytes, *chunks: pb.Chunk, **changes: Any) -> list[pb.Chunk]:
+    """A raw Infer call; raises what the server meant."""
+    terms = {"protocol_version": 1, "model_id": client.model.model_id, "material_id": material_id, "client_secret": secret}
+
+    def messages() -> Iterator[pb.InferUp]:
+        yield pb.InferUp(open=pb.InferOpen(**(terms | changes)))
+        for chunk in chunks:
+            yield pb.InferUp(chunk=chunk)
+
+    try:
+        return list(client._server.Infer(messages(), timeout=10))
+    except grpc.RpcError as error:
+        raise translate(error, "the server") from None
+
+
+def test_used_material_is_refused(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        material_id, secret = steal(client)
+        close(client, relu_model, PIXELS[:1])
+        with pytest.raises(MaterialError, match="used"):
+            infer_messages(client, material_id, secret)
+
+
+def test_material_is_spent_by_an_aborted_online_phase(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        material_id, secret = steal(client)
+        (chunk,) = to_chunks(0, (bytes(8 * 192),))
+        with pytest.raises(PeerError):  # the stream ends after the first message
+            infer_messages(client, material_id, secret, chunk)
+        with pytest.raises(MaterialError, match="used"):
+            infer_messages(client, material_id, secret, chunk)
+        with pytest.raises(MaterialError):
+            client.predict(PIXELS[:1])
+        assert client.prepared() == 0  # and the client does not offer it again
+        close(client, relu_model, PIXELS[:1])
+
+
+def test_material_of_another_client_is_refused_and_stays_good(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        material_id, _ = steal(client)
+        with pytest.raises(MaterialError, match="unknown"):
+            infer_messages(client, material_id, bytes(32))
+        services.service._stock.discard(material_id, bytes(32))
+        close(client, relu_model, PIXELS[:1])
+
+
+def test_expired_material(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model, lifetime_s=0.5)
+    with services.client() as client:
+        client.preprocess(1)
+        time.sleep(0.6)
+        with pytest.raises(MaterialError, match=r"expired|used"):
+            client.predict(PIXELS[:1])
+
+
+def test_stock_limit(serve: Serve, relu_model: Model) -> None:
+    from protocol.plan import make_plan
+
+    size = make_plan(relu_model.public, 1).server_material_bytes
+    services = serve(relu_model, stock_bytes=int(2.5 * size))
+    with services.client() as client:
+        client.preprocess(2)
+        with pytest.raises(ResourceLimit, match="no memory"):
+            client.preprocess(1)
+        close(client, relu_model, PIXELS[:1])
+        client.preprocess(1)
+
+
+# --- hostile or broken messages ---------------------------------------------------------------------------------------
+
+INPUT = 8 * 192
+DEVIATIONS: dict[str, list[pb.Chunk]] = {
+    "too long": [pb.Chunk(data=bytes(INPUT + 8), last=True)],
+    "too short": [pb.Chunk(data=bytes(INPUT - 8), last=True)],
+    "out of order": [pb.Chunk(sequence=1, data=bytes(INPUT), last=True)],
+    "repeated": [pb.Chunk(data=bytes(INPUT), last=True)] * 2,
+}
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_deviating_messages_end_the_session_only(name: str, serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(2)
+        material_id, secret = steal(client)
+        with pytest.raises(ProtocolViolation):
+            infer_messages(client, material_id, secret, *DEVIATIONS[name])
+        client._stock[1].popleft()
+        close(client, relu_model, PIXELS[:1])
+
+
+def test_wrong_phase_model_and_version(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        material_id, secret = steal(client)
+        with pytest.raises(VersionMismatch, match="version 9"):
+            infer_messages(client, material_id, secret, protocol_version=9)
+        with pytest.raises(ModelMismatch):
+            infer_messages(client, material_id, secret, model_id="0" * 64)
+        with pytest.raises(ProtocolViolation, match="material id"):
+            infer_messages(client, b"short", secret)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(client._server.Infer(iter([pb.InferUp(chunk=pb.Chunk(data=b"x"))]), timeout=10))
+        assert isinstance(translate(caught.value, "the server"), ProtocolViolation)
+        close(client, relu_model, PIXELS[:1])
+
+
+def preprocess_open(client: Client, **changes: Any) -> pb.PreprocessUp:
+    terms = {"protocol_version": 1, "model_id": client.model.model_id, "delta_id": client._delta_id, "batch": 1,
+             "client_id": bytes(32)}
+    return pb.PreprocessUp(open=pb.PreprocessOpen(**(terms | changes)))
+
+
+@pytest.mark.parametrize(("change", "kind"), [
+    ({"protocol_version": 2}, VersionMismatch), ({"model_id": "x"}, ModelMismatch), ({"delta_id": bytes(32)}, ModelMismatch),
+    ({"batch": 0}, ProtocolViolation), ({"batch": 10**6}, ProtocolViolation), ({"client_id": b""}, ProtocolViolation)])
+def test_preprocessing_with_wrong_terms(change: dict[str, Any], kind: type[RelucentError], serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(client._server.Preprocess(iter([preprocess_open(client, **change)]), timeout=10))
+        assert type(translate(caught.value, "the server")) is kind
+        assert len(services.service._stock) == 0
+
+
+def test_client_gone_during_preprocessing_frees_the_reservation(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        call = client._server.Preprocess(iter([preprocess_open(client)]), timeout=10)
+        assert len(next(call).material_id) == 16
+        assert len(services.service._stock) == 1
+        call.cancel()
+        deadline = time.monotonic() + 45
+        while len(services.service._stock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(services.service._stock) == 0
+
+
+def test_dealer_gives_each_party_its_own_part_only(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    registered = services.service._registered
+    assert registered is not None
+    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    secret = secrets.token_bytes(32)
+    base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1,
+                            "registration_id": registered.registration_id, "material_id": bytes(16),
+                            "client_id": hashlib.sha256(secret).digest()}
+    bad: list[tuple[dict[str, Any], type[RelucentError]]] = [
+        ({"registration_secret": bytes(32)}, MaterialError),  # a client that plays the server
+        ({"client_secret": bytes(32)}, MaterialError),  # another client
+        ({}, ProtocolViolation),
+        ({"client_secret": secret, "model_id": "0" * 64}, ModelMismatch),
+        ({"client_secret": secret, "registration_id": bytes(32)}, ModelMismatch),
+        ({"client_secret": secret, "batch": 0}, ProtocolViolation),
+        ({"client_secret": secret, "protocol_version": 7}, VersionMismatch)]
+    for change, kind in bad:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(dealer.FetchMaterial(pb.MaterialRequest(**(base | change)), timeout=10))
+        assert type(translate(caught.value, "the dealer")) is kind
+
+
+def test_registering_a_model_again_reveals_nothing_of_its_masks(serve: Serve, relu_model: Model) -> None:
+    """Whoever registers the same public model under another secret gets other masks B, useless against Delta."""
+    services = serve(relu_model)
+    first = services.service._registered
+    services.service.register(10)
+    second = services.service._registered
+    assert first is not None
+    assert second is not None
+    assert first.registration_id != second.registration_id
+    assert first.delta != second.delta
+
+
+@pytest.mark.parametrize("data", [b"", b"junk" * 10])
+def test_dealer_refuses_junk_models(data: bytes, serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    opening = pb.RegisterUp(open=pb.RegisterOpen(protocol_version=1, model_id="0" * 64, registration_secret=bytes(32),
+                                                 public_bytes=len(data)))
+    with pytest.raises(grpc.RpcError) as caught:
+        dealer.Register(iter([opening, *(pb.RegisterUp(chunk=c) for c in to_chunks(0, (data,)))]), timeout=10)
+    assert isinstance(translate(caught.value, "the dealer"), InputError)
+
+
+# --- peers that go away -----------------------------------------------------------------------------------------------
+
+
+def test_restarted_dealer_is_registered_with_again(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        close(client, relu_model, PIXELS[:1])
+        services.dealer_server.stop(0).wait()
+        fresh = DealerService()
+        services.dealer_server, _ = start(lambda s: rpc.add_DealingServicer_to_server(fresh, s), services.dealer_address)
+        close(client, relu_model, PIXELS[:1])
+
+
+def test_dealer_down(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        services.dealer_server.stop(0).wait()
+        close(client, relu_model, PIXELS[:1])  # prepared material needs no dealer
+        with pytest.raises(PeerError):
+            client.preprocess(1)
+
+
+def test_server_down(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        services.inference_server.stop(0).wait()
+        with pytest.raises(PeerError, match="unreachable or went away"):
+            client.predict(PIXELS[:1])
+        assert client.prepared() == 0
+    with pytest.raises(PeerError):
+        services.client(timeout_s=5)
+
+
+def test_wrong_service_behind_the_address(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    with pytest.raises(VersionMismatch, match="no Relucent service"):
+        Client(services.dealer_address, services.dealer_address, insecure=True, cache=services.cache)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:99999", "host:x"])
+def test_addresses(address: str) -> None:
+    with pytest.raises(InputError, match="is no address"):
+        connect(address, True)
+
+
+def test_plaintext_needs_consent() -> None:
+    with pytest.raises(InputError, match="plaintext"):
+        connect("127.0.0.1:1", False)
+
+
+def test_every_error_has_a_status_and_comes_back(serve: Serve) -> None:
+    kinds = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, RelucentError)} - {RelucentError}
+    assert kinds == set(STATUS)
+    assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)
+
+
+def test_framing_is_below_one_percent_for_large_layers() -> None:
+    chunks = list(to_chunks(300, (bytes(512 * 1024),)))
+    total = sum(c.ByteSize() + FRAME_BYTES for c in chunks)
+    assert total < 512 * 1024 * 1.001
+
+
+def test_internal_failure_shows_no_detail(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.service as module
+
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+
+        def broken(*_: object) -> None:
+            raise ValueError("secret 12345")
+
+        monkeypatch.setattr(module, "online_server", broken)
+        with pytest.raises(PeerError) as caught:
+            client.predict(PIXELS[:1])
+        assert "12345" not in str(caught.value)
