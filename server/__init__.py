@@ -1,1 +1,7 @@
 """The server and the dealer: thin gRPC edges around `protocol`."""
+
+import os
+
+# OpenMP threads that spin between PyTorch's parallel regions take the core from the peer or from gRPC: with this bound
+# online latency fell by 20% and preprocessing by 25% on two cores. Only effective before PyTorch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
