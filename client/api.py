@@ -24,7 +24,7 @@ from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
 from protocol.dealing import DealtToClient
-from protocol.errors import InputError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
+from protocol.errors import InputError, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
 from protocol.inference import encode_images
 from protocol.material import ClientContents, Material
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
@@ -101,11 +101,11 @@ class Client:
         self._cache = DeltaCache(cache or default_folder())
         self._stock: dict[int, deque[_Prepared]] = {}
         self._plans: dict[int, Plan] = {}
-        self.model: PublicModel
+        self.model: PublicModel = None  # type: ignore[assignment]  # set by _load
         self.last_online: PhaseCost | None = None
         self.last_preprocessing: PhaseCost | None = None
         try:
-            self._load()
+            self._load_again_once()
         except BaseException:
             self._close_channels()
             raise
@@ -118,16 +118,21 @@ class Client:
 
     def close(self) -> None:
         """Tell the server to drop unused material and close the connections."""
+        self._drop_stock()
+        self._close_channels()
+
+    def _drop_stock(self) -> None:
         left = [p for stock in self._stock.values() for p in stock]
         self._stock.clear()
         for prepared in left:
             prepared.material.destroy()
         if left:
-            request = pb.DiscardRequest(material_ids=[p.material.material_id for p in left],
-                                        client_secrets=[p.secret for p in left])
-            with contextlib.suppress(grpc.RpcError):  # the server forgets it by itself in time
-                self._server.Discard(request, timeout=5)
-        self._close_channels()
+            self._discard([(p.material.material_id, p.secret) for p in left])
+
+    def _discard(self, materials: list[tuple[bytes, bytes]]) -> None:
+        request = pb.DiscardRequest(material_ids=[m for m, _ in materials], client_secrets=[s for _, s in materials])
+        with contextlib.suppress(grpc.RpcError):  # the server forgets them by itself in time
+            self._server.Discard(request, timeout=5)
 
     def _close_channels(self) -> None:
         for channel in self._channels:
@@ -135,8 +140,15 @@ class Client:
 
     # --- the model --------------------------------------------------------------------------------------------------
 
+    def _load_again_once(self) -> None:
+        """Load; once more if the server registers anew in between."""
+        try:
+            self._load()
+        except ModelMismatch:
+            self._load()
+
     def _load(self) -> None:
-        """Fetch the offer, the public model and Delta."""
+        """Fetch the offer, the public model and Delta. Raises ModelMismatch if the model is not the one from before."""
         try:
             offer = self._server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=min(20.0, self._timeout_s))
         except grpc.RpcError as error:
@@ -144,10 +156,13 @@ class Client:
         check_version(offer.protocol_version)
         if offer.public_bytes > MAX_PUBLIC_BYTES:
             raise ProtocolViolation("the server announces a public model that is too large")
-        request = pb.FetchRequest(protocol_version=PROTOCOL_VERSION, model_id=offer.model_id)
-        self.model = PublicModel.from_bytes(self._fetch(self._server.FetchPublic, request, offer.public_bytes))
-        if self.model.model_id != offer.model_id:
-            raise ModelMismatch("the server's public model does not have the announced id")
+        request = pb.FetchRequest(protocol_version=PROTOCOL_VERSION, model_id=offer.model_id, delta_id=offer.delta_id)
+        model = PublicModel.from_bytes(self._fetch(self._server.FetchPublic, request, offer.public_bytes))
+        if model.model_id != offer.model_id:
+            raise ProtocolViolation("the server's public model does not have the announced id")
+        if self.model is not None and self.model.model_id != model.model_id:
+            raise ModelMismatch("the server has changed its model", "make a new client")
+        self.model = model
         self._plans = {1: make_plan(self.model, 1)}
         shapes = weight_shapes(self.model)
         if offer.delta_bytes != sum(ring.ELEMENT_BYTES * torch.Size(s).numel() for s in shapes.values()):
@@ -192,7 +207,7 @@ class Client:
             try:
                 prepared = self._preprocess_once(self._plan(batch))
             except ModelMismatch:  # the server has registered anew; its Delta has changed
-                self._load()
+                self._load_again_once()
                 prepared = self._preprocess_once(self._plan(batch))
             self._stock.setdefault(batch, deque()).append(prepared)
             progress(done + 1)
@@ -208,6 +223,7 @@ class Client:
         sender = ChunkSender(lambda chunk: up.put(pb.PreprocessUp(chunk=chunk)))
         replies = self._server.Preprocess(iter(up), timeout=self._timeout_s)
         dealt: Any = None
+        material_id = b""
         try:
             material_id = check_bytes(next_message(replies, "the server").material_id, ID_BYTES, "the material id")
             dealt = self._dealer.FetchMaterial(pb.MaterialRequest(
@@ -225,6 +241,8 @@ class Client:
                 raise ProtocolViolation("the server did not confirm the material")
         except BaseException:
             replies.cancel()
+            if material_id:
+                self._discard([(material_id, secret)])
             raise
         finally:
             up.close()
@@ -236,6 +254,10 @@ class Client:
 
     def _first_cause(self, replies: Any, error: RelucentError) -> RelucentError:
         """If the server has failed the call, its reason explains more than the dealer's."""
+        if isinstance(error, ModelMismatch):  # the server is told the same and registers anew; wait until it has
+            with contextlib.suppress(RelucentError):
+                next_message(replies, "the server")
+            return error
         deadline = threading.Event()
         for _ in range(20):
             if replies.done():
@@ -269,10 +291,10 @@ class Client:
         batch = len(images)
         if not self.prepared(batch):
             self.preprocess(1, batch)
-        prepared = self._stock[batch].popleft()
-        plan = prepared.material.plan
         started = time.perf_counter()
         x_ring = encode_images(images, self.model)
+        prepared = self._stock[batch].popleft()
+        plan = prepared.material.plan
         up: RequestQueue[pb.InferUp] = RequestQueue()
         up.put(pb.InferUp(open=pb.InferOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id,
                                             material_id=prepared.material.material_id, client_secret=prepared.secret)))
@@ -281,6 +303,9 @@ class Client:
         receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
         try:
             result = online_client(prepared.material, x_ring, ChunkChannel(sender, receiver))
+        except (MaterialError, ModelMismatch):  # the server has restarted, or dropped material: what is left is as stale
+            self._drop_stock()
+            raise
         except BaseException:
             replies.cancel()
             raise

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def classify(
         return
     table = Table("image", "label")
     for path, result in zip(images, results):
-        table.add_row(str(path), result.label)
+        table.add_row(escape(str(path)), escape(result.label))
     Console().print(table)
     print(f"online {online_s * 1e3:.0f} ms, preprocessing {preprocessing_s * 1e3:.0f} ms, "
           f"{up / 1e6:.2f} MB sent and {down / 1e6:.2f} MB received online", file=sys.stderr)

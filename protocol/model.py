@@ -29,6 +29,8 @@ FORMAT = "relucent-model"
 VERSION = 1
 MAX_PUBLIC_BYTES = 64 << 20
 MAX_NODES = 4096
+MAX_WEIGHTS = 1 << 27
+MAX_PIXELS = 1 << 25
 IDENTITY, SQUARE, RELU = 0, 1, 2
 OPS = ("conv2d", "linear", "add", "avg_pool2d", "max_pool2d", "flatten", "activation")
 
@@ -293,10 +295,10 @@ def _check_node(node: Any, known: set[str], masks: Mapping[str, Tensor]) -> Node
               and all(2 * p <= k for p, k in zip(attrs["padding"], attrs["kernel"])))
         _require(ok, f"pooling {name!r} has invalid attributes")
     elif op == "activation":
-        _require(name in masks and type(attrs.get("c2_shift")) is int and -8 <= attrs["c2_shift"] <= 24,
+        _require(name in masks and type(attrs.get("c2_shift")) is int and -4 <= attrs["c2_shift"] <= 24,
                  f"activation {name!r} lacks a mask or a coefficient")
         factor = attrs.get("c2_factor")
-        _require(factor is None or _ints(factor, masks[name].shape[0], -(1 << 15), 1 << 15),
+        _require(factor is None or (_ints(factor, masks[name].shape[0], -(1 << 15), 1 << 15) and 0 not in factor),
                  f"activation {name!r} has invalid coefficients")
     return Node(name, op, tuple(inputs), attrs)
 
@@ -316,24 +318,28 @@ def parse_public(description: Any, masks: dict[str, Tensor]) -> PublicModel:
     for name, mask in masks.items():
         _require(mask.dtype == torch.uint8 and 1 <= mask.dim() <= 3 and mask.numel() > 0 and int(mask.max()) <= RELU,
                  f"mask {name[:40]!r} is invalid")
+    _require(sum(mask.numel() for mask in masks.values()) <= MAX_PIXELS, "too many activations")
     known, nodes = {"input"}, []
     for item in raw:
         nodes.append(_check_node(item, known, masks))
         known.add(nodes[-1].name)
+    _require(sum(math.prod(n.attrs["shape"]) for n in nodes if n.op in ("conv2d", "linear")) <= MAX_WEIGHTS, "too many weights")
     point = description.get("fixed_point")
-    _require(isinstance(point, dict) and all(type(point.get(k)) is int for k in
+    _require(isinstance(point, dict) and set(point) == {"activation_bits", "weight_bits", "comparison_bits", "failure_bound"}
+             and all(type(point.get(k)) is int for k in
              ("activation_bits", "weight_bits", "comparison_bits")), "no fixed-point format")
     _require(4 <= point["activation_bits"] <= 24 and 4 <= point["weight_bits"] <= 24
              and 2 <= point["comparison_bits"] <= 62 and isinstance(point.get("failure_bound"), float),
              "the fixed-point format is out of range")
-    _require(_ints(description.get("input_shape"), len(description.get("input_shape") or []), 1, 8192)
-             and len(description["input_shape"]) in (1, 3), "the input shape is invalid")
+    shape = description.get("input_shape")
+    _require(isinstance(shape, list) and len(shape) in (1, 3) and _ints(shape, len(shape), 1, 8192), "the input shape is invalid")
     for key in ("classes", "mean", "std"):
         kind = str if key == "classes" else float
         _require(isinstance(description.get(key), list) and len(description[key]) <= 65536
                  and all(isinstance(v, kind) for v in description[key]), f"{key} is invalid")
     channels = description["input_shape"][0]
     _require(len(description["mean"]) == len(description["std"]) == channels
+             and all(map(math.isfinite, description["mean"] + description["std"]))
              and all(v > 0 for v in description["std"]), "mean and std do not fit the input")
     _require(isinstance(description.get("name"), str) and len(description["name"]) <= 128, "no name")
     digest = description.get("private_digest")

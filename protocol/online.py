@@ -16,6 +16,7 @@ from torch import Tensor
 from protocol import dcf, ring
 from protocol.channel import Channel
 from protocol.crypten_adapter import build_graph, register_cryptensor
+from protocol.errors import InputError
 from protocol.material import ClientActivation, ClientContents, Material, ReluShare, ServerContents
 from protocol.model import ActivationLayer, FixedPoint
 from protocol.plan import Plan
@@ -147,8 +148,10 @@ def online_client(material: Material[ClientContents], x_ring: Tensor, channel: C
     Args:
         x_ring: the images as fixed point with f_a fractional bits, `plan.input_shape`.
     """
-    contents: ClientContents = material.take()
     plan = material.plan
+    if tuple(x_ring.shape) != plan.input_shape:  # broadcasting would put several images under one mask
+        raise InputError(f"the input has shape {tuple(x_ring.shape)}, the material is for {plan.input_shape}")
+    contents: ClientContents = material.take()
     channel.send(ring.to_bytes(x_ring - contents.input_mask))
     for half in contents.activations:
         d = ring.from_bytes(channel.receive(ELEMENT_BYTES * half.step.active), (half.step.batch, -1))

@@ -117,7 +117,8 @@ class Plan:
         total = 0
         for step in self.steps:
             if isinstance(step, ActivationStep):
-                total += ELEMENT_BYTES * (2 * step.active + 3 * step.relus + step.identities) + self.key_bytes(step)
+                unpacked = 2 * self.comparison_bits * step.relus  # control bits in memory
+                total += ELEMENT_BYTES * (2 * step.active + 3 * step.relus + step.identities) + self.key_bytes(step) + unpacked
             else:
                 total += ELEMENT_BYTES * _count(step.shape)
         return total

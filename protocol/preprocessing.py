@@ -141,7 +141,7 @@ def _server_activation(step: ActivationStep, source: ServerCorrelations, from_cl
     message = ring.from_bytes(from_client.receive(ring.ELEMENT_BYTES * (step.active + step.identities)),
                               (step.active + step.identities,))
     e = message[: step.active].view(batch, -1)
-    passed = message[step.active :].view(batch, -1)
+    passed = message[step.active :].view(batch, -1).clone()  # a view would keep all of e alive
     opening, cross = torch.empty_like(e), torch.zeros_like(e)
     if squares is not None:
         alpha = squares.mask.view(batch, -1)

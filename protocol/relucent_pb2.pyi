@@ -45,12 +45,14 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_id")
+    __slots__ = ("protocol_version", "model_id", "delta_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ...) -> None: ...
+    delta_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ...) -> None: ...
 
 class PreprocessOpen(_message.Message):
     __slots__ = ("protocol_version", "model_id", "delta_id", "batch", "client_id")

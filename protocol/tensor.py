@@ -24,6 +24,7 @@ from protocol.crypten_adapter import CrypTensor, PartialActivation
 from protocol.errors import ModelFileError
 from protocol.model import RELU, ActivationLayer, FixedPoint
 
+MAX_POOL_ELEMENTS = 1 << 28
 POOL_BITS = 12
 """Fractional bits of 1/area in an average pool whose area is no power of two."""
 
@@ -171,6 +172,8 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
             b = self._stack(level[pairs : 2 * pairs])
             rest = level[2 * pairs :]
             difference = a.sub(b)
+            if difference.data.numel() > MAX_POOL_ELEMENTS:
+                raise ModelFileError("a max pooling of this model and batch is too large")
             mask = torch.full(tuple(difference.data.shape[1:]), RELU, dtype=torch.uint8)
             larger = difference._activation(ActivationLayer("max", mask, 0, None), None, None).add(b)
             level = [larger._with(part) for part in larger.data.view(batch, pairs, -1, *larger.data.shape[2:]).unbind(1)]

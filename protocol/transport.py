@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
@@ -130,6 +131,24 @@ def next_kind(messages: Iterator[Any], kind: str) -> Any:
     return getattr(message, kind)
 
 
+def when_over(context: grpc.ServicerContext, action: Callable[[], Any]) -> None:
+    """Run `action` once the call is over, now if it is already."""
+    if not context.add_callback(action):
+        action()
+
+
+@contextmanager
+def time_limit(context: grpc.ServicerContext, limit_s: float) -> Iterator[None]:
+    """Cancel the call after `limit_s` seconds, whatever the peer's own deadline."""
+    timer = threading.Timer(limit_s, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.ServicerContext, limit_s: float) -> Iterator[Any]:
     """Serve one streaming call: `work(transmit)` runs in a thread of its own, what it transmits is yielded.
 
@@ -137,7 +156,7 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
     """
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
     gone = threading.Event()
-    context.add_callback(gone.set)
+    when_over(context, gone.set)
 
     def transmit(message: Any, error: BaseException | None = None) -> None:
         while True:
@@ -161,24 +180,21 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
             if failure is not None and not isinstance(failure, RelucentError):
                 log.error("a call failed inside after its peer had gone", exc_info=failure)
 
-    timer = threading.Timer(limit_s, context.cancel)
-    timer.daemon = True
-    timer.start()
     thread = threading.Thread(target=run, daemon=True, name="session")
     thread.start()
     try:
-        while True:
-            try:
-                message, failure = outgoing.get(timeout=0.5)
-            except queue.Empty:
-                if gone.is_set():  # the session could not hand over its end any more
+        with time_limit(context, limit_s):
+            while True:
+                try:
+                    message, failure = outgoing.get(timeout=0.5)
+                except queue.Empty:
+                    if gone.is_set():  # the session could not hand over its end any more
+                        return
+                    continue
+                if failure is not None:
+                    abort(context, failure)
+                if message is None:
                     return
-                continue
-            if failure is not None:
-                abort(context, failure)
-            if message is None:
-                return
-            yield message
+                yield message
     finally:
         gone.set()
-        timer.cancel()

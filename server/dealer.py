@@ -7,12 +7,14 @@ randomness; nothing of it is kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
 import queue
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,13 +29,16 @@ from protocol.errors import MaterialError, ModelMismatch, PeerError, PeerTimeout
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.transport import abort, next_kind, run_session
+from protocol.transport import abort, next_kind, run_session, time_limit, when_over
 from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
 
 log = logging.getLogger("relucent.dealer")
 MEETING_S = 30.0
 """How long the first party waits for the second."""
 DEAL_S = 600.0
+STALL_S = 30.0
+"""How long a party may leave its queue full."""
+REGISTER_S = 60.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,23 +49,36 @@ class _Registration:
 
 @dataclass
 class _Meeting:
-    """The two requests for one material. `claimed` parties have come; each gets chunks through its own bounded queue."""
+    """The two requests for one material, bound to registration, batch and client.
 
+    `claimed` parties have come, `served` ones have got all; each gets chunks through its own bounded queue.
+    """
+
+    registration_id: bytes
     batch: int
     client_id: bytes
     claimed: set[str] = field(default_factory=set)
+    served: set[str] = field(default_factory=set)
     both: threading.Event = field(default_factory=threading.Event)
     dead: threading.Event = field(default_factory=threading.Event)
     queues: dict[str, queue.Queue[Any]] = field(default_factory=lambda: {p: queue.Queue(maxsize=16) for p in ("client", "server")})
 
     def put(self, party: str, message: Any) -> None:
+        deadline = time.monotonic() + STALL_S
         while not self.dead.is_set():
             try:
                 self.queues[party].put(message, timeout=0.2)
                 return
             except queue.Full:
-                continue
-        raise PeerError("a party left while its material was dealt")
+                if time.monotonic() > deadline:
+                    self.dead.set()
+        raise PeerError("a party left or stalled while its material was dealt")
+
+    def left(self, party: str) -> None:
+        """The party's call is over; unless it got all, nobody gets any more."""
+        if party not in self.served:
+            self.dead.set()
+            self.both.set()
 
     def take(self, party: str) -> Any:
         while True:
@@ -74,7 +92,7 @@ class _Meeting:
 class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     """Servicer of the Dealing service. `max_deals` dealings run at once, `max_registrations` models are held."""
 
-    def __init__(self, max_deals: int = 4, max_registrations: int = 32) -> None:
+    def __init__(self, max_deals: int = 4, max_registrations: int = 16) -> None:
         self._master = secrets.token_bytes(32)
         self._registrations: OrderedDict[bytes, _Registration] = OrderedDict()
         self._meetings: dict[bytes, _Meeting] = {}
@@ -86,7 +104,8 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
     def Register(self, request_iterator: Iterator[pb.RegisterUp], context: grpc.ServicerContext) -> pb.Registration:
         try:
-            return self._register(request_iterator)
+            with time_limit(context, REGISTER_S):
+                return self._register(request_iterator)
         except BaseException as error:
             abort(context, error)
 
@@ -131,6 +150,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                     if isinstance(message, RelucentError):
                         raise message
                     transmit(message)
+                meeting.served.add(party)
             except BaseException:
                 meeting.dead.set()
                 raise
@@ -139,6 +159,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                     if self._meetings.get(request.material_id) is meeting:
                         del self._meetings[request.material_id]
 
+        when_over(context, lambda: meeting.left(party))
         yield from run_session(work, context, DEAL_S)
 
     def _authenticate(self, request: pb.MaterialRequest) -> tuple[str, _Registration]:
@@ -149,6 +170,8 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             raise ProtocolViolation("the batch is out of range")
         with self._lock:
             registration = self._registrations.get(request.registration_id)
+            if registration is not None:
+                self._registrations.move_to_end(request.registration_id)
         if registration is None or registration.model.model_id != request.model_id:
             raise ModelMismatch("this model is not registered with the dealer")
         kind = request.WhichOneof("proof")
@@ -168,8 +191,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             if meeting is None:
                 if len(self._meetings) >= 256:
                     raise ResourceLimit("the dealer has too many requests waiting")
-                meeting = self._meetings[request.material_id] = _Meeting(request.batch, request.client_id)
-            if party in meeting.claimed or meeting.batch != request.batch or meeting.client_id != request.client_id:
+                meeting = self._meetings[request.material_id] = _Meeting(
+                    request.registration_id, request.batch, request.client_id)
+            terms = (request.registration_id, request.batch, request.client_id)
+            if party in meeting.claimed or (meeting.registration_id, meeting.batch, meeting.client_id) != terms:
                 raise MaterialError("this material was already asked for, or with other terms")
             meeting.claimed.add(party)
             if len(meeting.claimed) == 2:
@@ -195,8 +220,9 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         except PeerError:
             meeting.dead.set()
         except RelucentError as error:
-            for party in ("client", "server"):
-                meeting.put(party, error)
+            with contextlib.suppress(PeerError):
+                for party in ("client", "server"):
+                    meeting.put(party, error)
         except BaseException:
             meeting.dead.set()
             log.exception("dealing failed")

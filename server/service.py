@@ -26,7 +26,7 @@ from protocol.plan import Plan, make_plan
 from protocol.preprocessing import preprocess_server
 from protocol.prg import Seed
 from protocol.simulation import server_parameters
-from protocol.transport import abort, next_kind, next_message, run_session, translate
+from protocol.transport import abort, next_kind, next_message, run_session, time_limit, translate, when_over
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -42,6 +42,7 @@ from protocol.wire import (
 from server.stock import Stock
 
 log = logging.getLogger("relucent.server")
+REGISTER_S = 30.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +89,7 @@ class DealerLink:
             protocol_version=PROTOCOL_VERSION, model_id=plan.model.model_id, registration_id=registered.registration_id,
             material_id=material_id, client_id=client_id, batch=plan.batch, registration_secret=registered.secret)
         messages = self._stub.FetchMaterial(request, timeout=self._timeout_s)
-        context.add_callback(messages.cancel)
+        when_over(context, messages.cancel)
         seed = Seed(check_bytes(next_message(messages, "the dealer").seed, SECRET_BYTES, "the seed"))
         return seed, ChunkReceiver(lambda: next_message(messages, "the dealer").chunk)
 
@@ -126,7 +127,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
     def _reregister(self, stale: _Registered) -> None:
         with self._registration_lock:
             if self._registered is stale:
-                self._registered = self._link.register(self._timeout_s)
+                self._registered = self._link.register(REGISTER_S)
                 log.warning("the dealer had forgotten the model; registered again")
 
     def _check_model(self, version: int, model_id: str) -> None:
@@ -158,7 +159,13 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         yield from self._fetch(request, context, lambda: self._public_bytes)
 
     def FetchDelta(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        yield from self._fetch(request, context, lambda: self._current().delta)
+        def delta() -> bytes:
+            current = self._current()
+            if not hmac.compare_digest(request.delta_id, current.delta_id):
+                raise ModelMismatch("this Delta is outdated", "ask the server for its model again")
+            return current.delta
+
+        yield from self._fetch(request, context, delta)
 
     def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[], bytes]) -> Iterator[pb.Chunk]:
         try:
@@ -166,7 +173,8 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             data = get()
         except BaseException as error:
             abort(context, error)
-        yield from to_chunks(0, (data,))
+        with time_limit(context, self._timeout_s):
+            yield from to_chunks(0, (data,))
 
     # --- preprocessing ----------------------------------------------------------------------------------------------
 

@@ -230,6 +230,15 @@ def test_client_refuses_a_message_of_the_wrong_length(mixed_model: Model) -> Non
         online_client(client, torch.zeros(1, *SHAPE, dtype=torch.int64), mine)
 
 
+def test_one_mask_never_covers_several_images(mixed_model: Model) -> None:
+    client, _, _ = preprocess(mixed_model, 1)
+    mine, _ = memory_pair()
+    with pytest.raises(InputError, match="the material is for"):
+        online_client(client, torch.zeros(4, *SHAPE, dtype=torch.int64), mine)
+    assert mine.outgoing.messages == 0
+    client.take()  # nothing was sent: the material is still good
+
+
 def test_a_peer_that_leaves_ends_the_phase(mixed_model: Model) -> None:
     client, _, _ = preprocess(mixed_model, 1)
     mine, theirs = memory_pair()

@@ -106,15 +106,19 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "boolean stride": lambda d: d["nodes"][0]["attrs"].update(stride=[True, 1]),
     "no nodes": lambda d: d.update(nodes=[]),
     "precision": lambda d: d["fixed_point"].update(activation_bits=99),
-    "no mask": lambda d: [n.update(name=n["name"] + "x") for n in d["nodes"][-1:] if n],
     "input shape": lambda d: d.update(input_shape=[3, -8, 8]),
     "zero deviation": lambda d: d.update(std=[0.0, 1.0, 1.0]),
     "digest": lambda d: d.update(private_digest="zz"),
+    "extra number format": lambda d: d["fixed_point"].update(more=1),
+    "input shape that is no list": lambda d: d.update(input_shape=3),
+    "mean that is no number": lambda d: d.update(mean=[float("nan"), 0.5, 0.5]),
+    "too many weights": lambda d: d["nodes"][0]["attrs"].update(shape=[65536, 65536, 1, 1]),
+    "zero coefficient": lambda d: d["nodes"][1]["attrs"].update(c2_factor=[0] * 8),
     "list for object": lambda d: d.update(fixed_point=[]),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in CHANGES if n != "no mask"])
+@pytest.mark.parametrize("name", CHANGES)
 def test_invalid_descriptions_are_refused(name: str, mixed_model: Model) -> None:
     description = json.loads(json.dumps(mixed_model.public.describe()))
     parse_public(description, mixed_model.public.masks)

@@ -316,6 +316,46 @@ def test_dealer_gives_each_party_its_own_part_only(serve: Serve, relu_model: Mod
         assert type(translate(caught.value, "the dealer")) is kind
 
 
+def test_material_is_bound_to_one_registration(serve: Serve, relu_model: Model) -> None:
+    """A client cannot have the server's material dealt under masks of its own registration."""
+    services = serve(relu_model)
+    honest = services.service._registered
+    services.service.register(10)
+    other = services.service._registered
+    assert honest is not None
+    assert other is not None
+    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    secret = secrets.token_bytes(32)
+    base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1, "material_id": bytes(16),
+                            "client_id": hashlib.sha256(secret).digest()}
+    first = dealer.FetchMaterial(pb.MaterialRequest(
+        **base, registration_id=honest.registration_id, registration_secret=honest.secret), timeout=10)
+    time.sleep(0.3)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(dealer.FetchMaterial(pb.MaterialRequest(
+            **base, registration_id=other.registration_id, client_secret=secret), timeout=10))
+    assert isinstance(translate(caught.value, "the dealer"), MaterialError)
+    first.cancel()
+
+
+def test_parties_that_leave_do_not_fill_the_dealer(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    registered = services.service._registered
+    assert registered is not None
+    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    for index in range(20):
+        call = dealer.FetchMaterial(pb.MaterialRequest(
+            protocol_version=1, model_id=relu_model.public.model_id, batch=1, material_id=index.to_bytes(16, "big"),
+            client_id=hashlib.sha256(bytes(32)).digest(), registration_id=registered.registration_id,
+            client_secret=bytes(32)), timeout=10)
+        time.sleep(0.02)
+        call.cancel()
+    deadline = time.monotonic() + 5
+    while services.dealer._meetings and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not services.dealer._meetings
+
+
 def test_registering_a_model_again_reveals_nothing_of_its_masks(serve: Serve, relu_model: Model) -> None:
     """Whoever registers the same public model under another secret gets other masks B, useless against Delta."""
     services = serve(relu_model)
