@@ -23,6 +23,7 @@ from client.delta_cache import DeltaCache, default_folder
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
+from protocol.channel import Duplex
 from protocol.dealing import DealtToClient
 from protocol.errors import InputError, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
 from protocol.inference import encode_images
@@ -38,7 +39,6 @@ from protocol.wire import (
     ID_BYTES,
     PROTOCOL_VERSION,
     SECRET_BYTES,
-    ChunkChannel,
     ChunkReceiver,
     ChunkSender,
     check_bytes,
@@ -302,7 +302,7 @@ class Client:
         sender = ChunkSender(lambda chunk: up.put(pb.InferUp(chunk=chunk)))
         receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
         try:
-            result = online_client(prepared.material, x_ring, ChunkChannel(sender, receiver))
+            result = online_client(prepared.material, x_ring, Duplex(sender, receiver))
         except (MaterialError, ModelMismatch):  # the server has restarted, or dropped material: what is left is as stale
             self._drop_stock()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from protocol.errors import PeerError, PeerTimeout, ProtocolViolation
 
@@ -22,6 +22,10 @@ class Receiver(Protocol):
 
     def receive(self, length: int) -> bytearray:
         """The next message. Raises ProtocolViolation unless it has exactly `length` bytes, PeerError if the peer is gone."""
+
+
+Out = TypeVar("Out", bound=Sender)
+In = TypeVar("In", bound=Receiver)
 
 
 class MemoryPipe:
@@ -55,10 +59,14 @@ class MemoryPipe:
         self._queue.put(None)
 
 
-class MemoryChannel:
-    """One party's end of a two-way connection in one process."""
+class Channel(Sender, Receiver, Protocol):
+    """Both directions of a connection."""
 
-    def __init__(self, outgoing: MemoryPipe, incoming: MemoryPipe) -> None:
+
+class Duplex(Generic[Out, In]):
+    """One party's end of a connection made of two directions."""
+
+    def __init__(self, outgoing: Out, incoming: In) -> None:
         self.outgoing, self.incoming = outgoing, incoming
 
     def send(self, *parts: Buffer) -> None:
@@ -68,11 +76,10 @@ class MemoryChannel:
         return self.incoming.receive(length)
 
 
+MemoryChannel = Duplex[MemoryPipe, MemoryPipe]
+
+
 def memory_pair() -> tuple[MemoryChannel, MemoryChannel]:
     """Two connected ends."""
     there, back = MemoryPipe(), MemoryPipe()
-    return MemoryChannel(there, back), MemoryChannel(back, there)
-
-
-class Channel(Sender, Receiver, Protocol):
-    """Both directions of a connection."""
+    return Duplex(there, back), Duplex(back, there)

@@ -96,15 +96,3 @@ class ChunkReceiver:
         self._sequence += 1
         return out
 
-
-class ChunkChannel:
-    """A two-way `protocol.channel.Channel` made of a sender and a receiver."""
-
-    def __init__(self, sender: ChunkSender, receiver: ChunkReceiver) -> None:
-        self.sender, self.receiver = sender, receiver
-
-    def send(self, *parts: Buffer) -> None:
-        self.sender.send(*parts)
-
-    def receive(self, length: int) -> bytearray:
-        return self.receiver.receive(length)

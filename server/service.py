@@ -16,6 +16,7 @@ import grpc
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
+from protocol.channel import Duplex
 from protocol.dealing import DealtToServer, weight_masks
 from protocol.errors import ModelMismatch, PeerError, ProtocolViolation
 from protocol.inference import make_delta
@@ -32,7 +33,6 @@ from protocol.wire import (
     ID_BYTES,
     PROTOCOL_VERSION,
     SECRET_BYTES,
-    ChunkChannel,
     ChunkReceiver,
     ChunkSender,
     check_bytes,
@@ -218,7 +218,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             check_bytes(opening.material_id, ID_BYTES, "the material id")
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id)
-            channel = ChunkChannel(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(request_iterator, "chunk")))
+            channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(request_iterator, "chunk")))
             online_server(material, self._parameters, channel)
 
         yield from run_session(work, context, self._timeout_s)
