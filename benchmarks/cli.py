@@ -12,7 +12,7 @@ from rich.status import Status
 from rich.table import Table
 
 from benchmarks.accuracy import measure_accuracy
-from benchmarks.demo import MODEL
+from benchmarks.demo import MODEL, demo_images
 from benchmarks.demo import demo as run_demo
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
@@ -70,9 +70,11 @@ def latency(
 ) -> None:
     """Private inference in three processes on loopback, beside plaintext PyTorch and CrypTen."""
     console = Console(stderr=True)
+    pixels = None  # noise, which random networks are calibrated on; a trained one is used on real images only
     with Status("making the network", console=console) as status:
         if model is not None:
             loaded, network, width = load(model), model.stem, 0
+            pixels = demo_images(loaded.public.input_shape, batch) if loaded.public.input_shape == (3, 32, 32) else None
         else:
             if relus != "all" and not relus.lstrip("-").isdigit():
                 raise InputError(f"--relus {relus!r} is no number", "pass a count or 'all'")
@@ -80,7 +82,7 @@ def latency(
                 loaded = random_model(network, width, None if relus == "all" else int(relus))
             except ValueError as error:
                 raise InputError(str(error)) from error
-        result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update)
+        result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update, images=pixels)
     if as_json:
         print(json.dumps(result))
     else:

@@ -30,6 +30,14 @@ IMAGES = ROOT / "demo_images"
 ALL_RELU_RUNS = 3
 
 
+def demo_images(shape: tuple[int, ...], batch: int) -> np.ndarray[Any, Any]:
+    """The bundled images as uint8 (runs, batch, C, H, W), repeated to fill batches; ten runs at batch 1."""
+    pixels = np.stack([load_image(path, shape)[0].numpy() for path in sorted(IMAGES.glob("*.png"))])
+    runs = max(1, len(pixels) // batch)
+    index = np.arange(runs * batch) % len(pixels)
+    return pixels[index].reshape(runs, batch, *shape)
+
+
 def run_client(model: Path, images: np.ndarray[Any, Any], runs: int, label: str, console: Console) -> dict[str, Any]:
     """Dealer, server and client as three processes on loopback; the client's figures."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -59,9 +67,9 @@ def demo(model: Path, as_json: bool) -> None:
     console = Console(stderr=True)
     loaded = load(model)
     files = sorted(IMAGES.glob("*.png"))
-    pixels = torch.stack([load_image(path, loaded.public.input_shape)[0] for path in files])
+    images = demo_images(loaded.public.input_shape, 1)
+    pixels = torch.from_numpy(images[:, 0])
     truth = [path.stem.split("-", 1)[1] for path in files]
-    images = pixels.numpy()[:, None]
     private = run_client(model, images, len(files), f"{loaded.public.relus:,} ReLUs", console)
     every = with_all_relus(loaded)
     with tempfile.TemporaryDirectory() as folder:
