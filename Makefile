@@ -11,8 +11,8 @@ PIP_ARGS ?=
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_ARGS) "torch==2.13.0"
-	$(BIN)/pip install -q --no-deps "crypten==0.4.1"
 	$(BIN)/pip install -q $(PIP_ARGS) -e ".[dev]"
+	$(BIN)/pip install -q --no-deps "crypten==0.4.1"
 	touch $@
 
 demo: $(VENV)/installed
