@@ -43,7 +43,7 @@ def _download(folder: Path) -> None:
 
 def _save(model: nn.Module, info: files.NetworkInfo, out: Path) -> None:
     try:
-        write_atomically(out, lambda part: files.save_network(model, info, part))
+        write_atomically(out, files.serialise_network(model, info))
     except OSError as error:
         raise TrainingError(f"cannot write {out}: {error.strerror}") from error
 
@@ -139,7 +139,7 @@ def compile_network(
         result = compiler.compile_model(model, data.normalise(training.images[:images]), name=title, classes=info.classes,
                                         mean=data.MEAN, std=data.STD, progress=status.update)
     try:
-        write_atomically(out, lambda part: compiled.save(result, part))
+        write_atomically(out, compiled.serialise(result))
     except OSError as error:
         raise TrainingError(f"cannot write {out}: {error.strerror}") from error
     point = result.public.fixed_point

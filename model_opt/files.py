@@ -36,13 +36,13 @@ class NetworkInfo:
     made_by: dict[str, str | int | float]
 
 
-def save_network(model: nn.Module, info: NetworkInfo, path: Path, half: bool = False) -> None:
-    """Write a network; `half` stores float tensors with 16 bits."""
+def serialise_network(model: nn.Module, info: NetworkInfo, half: bool = False) -> bytes:
+    """A network as the bytes of a file; `half` stores float tensors with 16 bits."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if half:
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, str(path), {KEY: json.dumps(asdict(info))})
+    data: bytes = safetensors.torch.save(tensors, {KEY: json.dumps(asdict(info))})
+    return data
 
 
 def load_network(path: Path) -> tuple[nn.Module, NetworkInfo]:

@@ -6,11 +6,10 @@ A run folder holds `checkpoint.pt` (written atomically after each epoch), `log.c
 from __future__ import annotations
 
 import csv
-import functools
+import io
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +126,12 @@ def reestimate_norms(model: nn.Module, sample: Split, batch: int = 500) -> None:
     model.eval()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a crash or a full disk leaves the old one: to a neighbour first, then rename."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a crash or a full disk leaves the old one: to a neighbour first, then rename. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        write(part)
+        part.write_bytes(data)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -219,7 +218,9 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
             state = {"settings": settings, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
                      "generator": generator.get_state(), "stage": stage.state(), "epoch": epoch + 1, "step": step}
             try:
-                write_atomically(checkpoint, functools.partial(torch.save, state))
+                buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
+                torch.save(state, buffer)
+                write_atomically(checkpoint, buffer.getbuffer())
                 fresh = not log.exists()
                 with log.open("a", newline="") as out:
                     writer = csv.DictWriter(out, list(row))

@@ -229,12 +229,18 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
-def save(model: Model, path: Path) -> None:
-    """Write a model file. Raises OSError."""
+def serialise(model: Model) -> bytes:
+    """The bytes of a model file."""
     tensors = {f"public.{k}": v for k, v in model.public.masks.items()}
     tensors |= {f"private.{k}": v.contiguous() for k, v in model.private.items()}
     metadata = {"relucent": json.dumps(model.public.describe(), sort_keys=True)}
-    Path(path).write_bytes(safetensors.torch.save(tensors, metadata))
+    data: bytes = safetensors.torch.save(tensors, metadata)
+    return data
+
+
+def save(model: Model, path: Path) -> None:
+    """Write a model file. Raises OSError."""
+    Path(path).write_bytes(serialise(model))
 
 
 def load(path: Path) -> Model:
