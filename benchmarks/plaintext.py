@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protocol.model import RELU, SQUARE, ActivationLayer, Model
+from protocol.model import RELU, SQUARE, Model
 
 Truncation = Callable[[Tensor], Tensor]
 
@@ -93,10 +94,5 @@ def rounding_bound(model: Model, x: Tensor) -> float:
 
 def with_all_relus(model: Model) -> Model:
     """The same shapes with a ReLU at every pixel, for timing only: its results mean nothing."""
-    from dataclasses import replace
-
     masks = {name: torch.full_like(mask, RELU) for name, mask in model.public.masks.items()}
     return Model(replace(model.public, masks=masks, name=f"{model.public.name}-all-relu"), model.private)
-
-
-__all__ = ["ActivationLayer", "Plaintext", "rounding_bound", "with_all_relus"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from protocol.errors import PeerError
@@ -85,9 +87,6 @@ def serving(model: Path, *options: str) -> Iterator[Roles]:
 
 def environment() -> dict[str, object]:
     """Versions and machine, to store with every figure."""
-    import platform
-    from importlib.metadata import version
-
     names = ("torch", "crypten", "numpy", "grpcio", "protobuf", "cryptography")
     cpu = platform.processor() or platform.machine()
     try:
