@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -258,14 +257,13 @@ class Client:
             with contextlib.suppress(RelucentError):
                 next_message(replies, "the server")
             return error
-        deadline = threading.Event()
         for _ in range(20):
             if replies.done():
                 try:
                     next_message(replies, "the server")
                 except RelucentError as cause:
                     return error if type(cause) is PeerError else cause
-            deadline.wait(0.05)
+            time.sleep(0.05)
         return error
 
     # --- online -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plaintext import Plaintext, rounding_bound
-from model_opt.activation import IDENTITY, RELU, SQUARE, PartialActivation, partial_activations, replace_relus
+from model_opt.activation import IDENTITY, RELU, SQUARE, PartialActivation
 from protocol.channel import memory_pair
 from protocol.errors import InputError, MaterialError, PeerError, ProtocolViolation
 from protocol.inference import encode_images, infer, preprocess
@@ -277,8 +277,3 @@ def test_class_names_must_fit(images: Tensor) -> None:
 
     with pytest.raises((CompileError, ModelFileError), match="class names"):
         build_compiled(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), images.float(), classes=CLASSES)
-
-
-def test_masks_survive_replacement() -> None:
-    network = replace_relus(make_network(False), SHAPE)
-    assert len(partial_activations(network)) == 3

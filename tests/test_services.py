@@ -33,7 +33,7 @@ from protocol.errors import (
 from protocol.inference import normalise_images
 from protocol.model import Model
 from protocol.simulation import simulate
-from protocol.transport import STATUS, connect, translate
+from protocol.transport import STATUS, abort, connect, translate
 from protocol.wire import FRAME_BYTES, to_chunks
 from server.dealer import DealerService
 from tests.conftest import SHAPE, Services, start
@@ -431,10 +431,27 @@ def test_plaintext_needs_consent() -> None:
         connect("127.0.0.1:1", False)
 
 
-def test_every_error_has_a_status_and_comes_back(serve: Serve) -> None:
+class Failing(rpc.InferenceServicer):  # type: ignore[misc]
+    """A server whose every description fails with `error`."""
+
+    error: RelucentError
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
+        abort(context, self.error)
+
+
+def test_every_error_has_a_status_and_comes_back(tmp_path: Path) -> None:
     kinds = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, RelucentError)} - {RelucentError}
     assert kinds == set(STATUS)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)
+    failing = Failing()
+    server, address = start(lambda s: rpc.add_InferenceServicer_to_server(failing, s))
+    for kind in kinds:
+        failing.error = kind("the reason")
+        with pytest.raises(kind, match="the reason") as caught:
+            Client(address, address, insecure=True, cache=tmp_path)
+        assert type(caught.value) is kind
+    server.stop(0)
 
 
 def test_framing_is_below_one_percent_for_large_layers() -> None:
