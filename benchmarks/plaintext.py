@@ -41,6 +41,8 @@ class Plaintext:
                                  attrs["stride"], attrs["padding"], attrs["dilation"], attrs["groups"])
             elif node.op == "linear":
                 value = F.linear(a, self._tensors[f"{node.name}.weight"], self._tensors[f"{node.name}.bias"])
+            elif node.op == "scale":
+                value = a * self._tensors[f"{node.name}.weight"] + self._tensors[f"{node.name}.bias"]
             elif node.op == "add":
                 value = a + values[node.inputs[1]]
             elif node.op == "flatten":

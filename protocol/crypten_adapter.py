@@ -75,6 +75,13 @@ class PartialActivation(_Module):  # type: ignore[misc]
         return parameter.flatten()[self.layer.channel_of(self.layer.square)]
 
 
+class Scale(_Module):  # type: ignore[misc]
+    """A private factor and constant for each pixel."""
+
+    def forward(self, x: Any) -> Any:
+        return x.mul(self.weight).add(self.bias)
+
+
 def _module(node: Any, model: PublicModel) -> Any:
     nn, attrs = crypten.nn, node.attrs
     if node.op == "conv2d":
@@ -88,6 +95,8 @@ def _module(node: Any, model: PublicModel) -> Any:
         module = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(module)
         return module
+    if node.op == "scale":
+        return Scale()
     if node.op == "add":
         return nn.Add()
     if node.op == "flatten":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from protocol.plan import Plan, make_plan
 from protocol.preprocessing import preprocess_client, preprocess_server
 from protocol.prg import Seed
 from protocol.simulation import server_parameters
+from protocol.tensor import Constant, Weight
 
 
 def make_delta(model: Model, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     """Delta = W - B of every private weight: what the server publishes (protocol section 3)."""
-    return {name: model.private[name].long() - mask for name, mask in masks.items()}
+    weights = model.weights()
+    return {name: weights[name] - mask for name, mask in masks.items()}
 
 
 def encode_images(images: Tensor, model: PublicModel) -> Tensor:
@@ -70,15 +72,15 @@ def preprocess(model: Model, batch: int) -> tuple[Material[ClientContents], Mate
     return Material(name, plan, client), Material(name, plan, server), transcript
 
 
-def infer(model: Model, x_float: Tensor) -> Transcript:
-    """One private inference on normalised images (batch, *input_shape), client and server in two threads."""
-    client, server, transcript = preprocess(model, len(x_float))
+def run_online(client: Material[ClientContents], server: Material[ServerContents], parameters: dict[str, Weight | Constant],
+               x_ring: Tensor) -> tuple[Tensor, MemoryPipe, MemoryPipe]:
+    """The online phase, client and server in two threads: logits in the ring, and what went up and down."""
     client_end, server_end = memory_pair()
     failure: list[BaseException] = []
 
     def serve(channel: MemoryChannel) -> None:
         try:
-            online_server(server, server_parameters(model), channel)
+            online_server(server, parameters, channel)
         except BaseException as error:
             failure.append(error)
             channel.outgoing.close()
@@ -86,12 +88,17 @@ def infer(model: Model, x_float: Tensor) -> Transcript:
     thread = threading.Thread(target=serve, args=(server_end,))
     thread.start()
     try:
-        x_ring = ring.encode(x_float, model.public.fixed_point.activation_bits)
         logits = online_client(client, x_ring, client_end)
     finally:
         thread.join()
     if failure:
         raise failure[0]
-    plan = transcript.plan
-    return Transcript(ring.decode(logits, plan.output_scale), plan, transcript.dealer_to_client, transcript.dealer_to_server,
-                      transcript.preprocessing_up, client_end.outgoing, client_end.incoming)
+    return logits, client_end.outgoing, client_end.incoming
+
+
+def infer(model: Model, x_float: Tensor) -> Transcript:
+    """One private inference on normalised images (batch, *input_shape)."""
+    client, server, dealt = preprocess(model, len(x_float))
+    x_ring = ring.encode(x_float, model.public.fixed_point.activation_bits)
+    logits, up, down = run_online(client, server, server_parameters(model), x_ring)
+    return replace(dealt, logits=ring.decode(logits, dealt.plan.output_scale), online_up=up, online_down=down)

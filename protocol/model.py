@@ -32,7 +32,9 @@ MAX_NODES = 4096
 MAX_WEIGHTS = 1 << 27
 MAX_PIXELS = 1 << 25
 IDENTITY, SQUARE, RELU = 0, 1, 2
-OPS = ("conv2d", "linear", "add", "avg_pool2d", "max_pool2d", "flatten", "activation")
+OPS = ("conv2d", "linear", "scale", "add", "avg_pool2d", "max_pool2d", "flatten", "activation")
+PRIVATE_MAPS = ("conv2d", "linear", "scale")
+"""Operations with a private weight of the public shape in their attributes, and a private bias."""
 
 
 @dataclass(frozen=True)
@@ -210,13 +212,23 @@ class Model:
     public: PublicModel
     private: dict[str, Tensor] = field(repr=False)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Fixed-point weights, int64, by "node.weight"; those stored with 8 bits are multiplied by their row's step."""
+        found = {name: value.long() for name, value in self.private.items() if name.endswith(".weight")}
+        for name, weight in found.items():
+            step = self.private.get(f"{name}_step")
+            if step is not None:
+                weight *= step.long().view(-1, *[1] * (weight.dim() - 1))
+        return found
+
+    def constants(self) -> dict[str, Tensor]:
+        """Biases and polynomial coefficients, float64, by "node.bias" and so on."""
+        return {name: value.double() for name, value in self.private.items() if name.endswith((".bias", ".c1", ".c0"))}
+
     def floats(self) -> dict[str, Tensor]:
-        """Weights, biases and coefficients as real numbers, float64, by "node.weight" and so on."""
+        """Weights, biases and coefficients as real numbers, float64."""
         scale = 2.0**-self.public.fixed_point.weight_bits
-        return {
-            name: value.double() * scale if name.endswith(".weight") else value.double()
-            for name, value in self.private.items() if name != "salt"
-        }
+        return {name: value.double() * scale for name, value in self.weights().items()} | self.constants()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> bytes:
@@ -295,6 +307,10 @@ def _check_node(node: Any, known: set[str], masks: Mapping[str, Tensor]) -> Node
     elif op == "linear":
         _require(_ints(attrs.get("shape"), 2, 1, 1 << 22) and math.prod(attrs["shape"]) <= 1 << 28,
                  f"linear layer {name!r} has an invalid shape")
+    elif op == "scale":
+        shape = attrs.get("shape")
+        _require(isinstance(shape, list) and len(shape) in (1, 3) and _ints(shape, len(shape), 1, 65536)
+                 and math.prod(shape) <= MAX_PIXELS, f"scale {name!r} has an invalid shape")
     elif op in ("avg_pool2d", "max_pool2d"):
         ok = (_ints(attrs.get("kernel"), 2, 1, 256) and _ints(attrs.get("stride"), 2, 1, 256)
               and _ints(attrs.get("padding"), 2, 0, 128)
@@ -329,7 +345,7 @@ def parse_public(description: Any, masks: dict[str, Tensor]) -> PublicModel:
     for item in raw:
         nodes.append(_check_node(item, known, masks))
         known.add(nodes[-1].name)
-    _require(sum(math.prod(n.attrs["shape"]) for n in nodes if n.op in ("conv2d", "linear")) <= MAX_WEIGHTS, "too many weights")
+    _require(sum(math.prod(n.attrs["shape"]) for n in nodes if n.op in PRIVATE_MAPS) <= MAX_WEIGHTS, "too many weights")
     point = description.get("fixed_point")
     _require(isinstance(point, dict) and set(point) == {"activation_bits", "weight_bits", "comparison_bits", "failure_bound"}
              and all(type(point.get(k)) is int for k in

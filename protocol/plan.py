@@ -16,7 +16,7 @@ from torch import Tensor
 from protocol import dcf
 from protocol.crypten_adapter import build_graph, register_cryptensor
 from protocol.errors import ModelFileError
-from protocol.model import ActivationLayer, FixedPoint, PublicModel
+from protocol.model import PRIVATE_MAPS, ActivationLayer, FixedPoint, PublicModel
 from protocol.ring import ELEMENT_BYTES
 from protocol.tensor import Constant, RingTensor, Weight
 
@@ -177,12 +177,12 @@ class PlanTensor(RingTensor):
 
 def weight_shapes(model: PublicModel) -> dict[str, tuple[int, ...]]:
     """Shape of every private weight by parameter name, in graph order."""
-    return {f"{n.name}.weight": tuple(n.attrs["shape"]) for n in model.nodes if n.op in ("conv2d", "linear")}
+    return {f"{n.name}.weight": tuple(n.attrs["shape"]) for n in model.nodes if n.op in PRIVATE_MAPS}
 
 
 def public_constants(model: PublicModel) -> dict[str, Constant]:
     """Placeholders, in roles other than the server's, for constants that only the server adds."""
-    constants = {f"{n.name}.bias": Constant(None) for n in model.nodes if n.op in ("conv2d", "linear")}
+    constants = {f"{n.name}.bias": Constant(None) for n in model.nodes if n.op in PRIVATE_MAPS}
     for node in model.nodes:
         if node.op == "activation":
             constants |= {f"{node.name}.c1": Constant(None), f"{node.name}.c0": Constant(None)}

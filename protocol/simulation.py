@@ -79,8 +79,8 @@ class SimulationTensor(RingTensor):
 
 def server_parameters(model: Model) -> dict[str, Weight | Constant]:
     """The model's own parameters: W as ring elements, constants as reals."""
-    return {name: Weight(value.long(), ring.limb_weight(value.long())) if name.endswith(".weight") else Constant(value.double())
-            for name, value in model.private.items() if name != "salt"}
+    weights = {name: Weight(value, ring.limb_weight(value)) for name, value in model.weights().items()}
+    return weights | {name: Constant(value) for name, value in model.constants().items()}
 
 
 @torch.no_grad()

@@ -206,6 +206,11 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         x = self._ready_for_private_map()
         return x._mapped(x._private_map(weight, torch.matmul))
 
+    def mul(self, weight: Weight) -> RingTensor:
+        """Product, pixel by pixel, with a private tensor of one image's shape (protocol section 3)."""
+        x = self._ready_for_private_map()
+        return x._mapped(x._private_map(weight, torch.mul))
+
     def _ready_for_private_map(self) -> RingTensor:
         x: RingTensor = self
         if x.scale >= self.fixed_point.activation_bits + self.fixed_point.weight_bits:

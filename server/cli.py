@@ -56,10 +56,12 @@ def _start(add: Callable[[grpc.Server], Any], listen: str, insecure: bool, worke
     return server, f"{host}:{bound}"
 
 
-def _run_until_signal(server: grpc.Server, grace_s: float) -> None:
+def _run_until_signal(server: grpc.Server, grace_s: float, ready: str) -> None:
+    """Announce `ready` once signals are handled, and stop on the first."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    print(ready, flush=True)
     stop.wait()
     print("stopping", flush=True)
     server.stop(grace_s).wait()
@@ -91,8 +93,7 @@ def serve_model(
     server, address = _start(lambda s: rpc.add_InferenceServicer_to_server(service, s), listen, insecure, sessions)
     if insecure:
         print("warning: plaintext transport; use it on trusted networks only", file=sys.stderr)
-    print(f"serving {loaded.public.name} ({loaded.public.model_id[:12]}) on {address}", flush=True)
-    _run_until_signal(server, grace_s)
+    _run_until_signal(server, grace_s, f"serving {loaded.public.name} ({loaded.public.model_id[:12]}) on {address}")
 
 
 @dealer_app.command("serve")
@@ -107,5 +108,4 @@ def serve_dealer(
     _log()
     service = DealerService(max_deals=deals)
     server, address = _start(lambda s: rpc.add_DealingServicer_to_server(service, s), listen, insecure, 128)
-    print(f"dealing on {address}", flush=True)
-    _run_until_signal(server, grace_s)
+    _run_until_signal(server, grace_s, f"dealing on {address}")
