@@ -12,7 +12,8 @@ from rich.progress import track
 from benchmarks.plaintext import Plaintext
 from benchmarks.processes import environment, serving
 from client import Client
-from model_opt.data import load_test, normalise
+from model_opt.data import normalise
+from model_opt.datasets import open_dataset
 from model_opt.files import load_network
 from protocol.inference import normalise_images
 from protocol.model import load
@@ -26,10 +27,10 @@ def measure_accuracy(model: Path, network: Path | None, data: Path, images: int,
         network: float network to compare with; None for the compiled file's own weights in float32.
     """
     loaded = load(model)
-    test = load_test(data)
+    test = open_dataset(data).load_test()
     pixels, labels = test.images[:images], test.labels[:images]
     if network is not None:
-        trained, _ = load_network(network)
+        trained, info = load_network(network)
     else:
         plain = Plaintext(loaded)
     reals, fixed, private = [], [], []
@@ -38,7 +39,7 @@ def measure_accuracy(model: Path, network: Path | None, data: Path, images: int,
         for part in track(parts, description="classifying", console=Console(stderr=True), transient=True):
             x = normalise_images(part, loaded.public)
             with torch.inference_mode():
-                reals.append(trained(normalise(part)) if network is not None else plain(x.float()))
+                reals.append(trained(normalise(part, info.mean, info.std)) if network is not None else plain(x.float()))
             fixed.append(simulate(loaded, x))
             private.append(torch.tensor([p.logits for p in client.predict(part)], dtype=torch.float64))
     logits = {"float": torch.cat(reals), "fixed_point": torch.cat(fixed), "private": torch.cat(private)}

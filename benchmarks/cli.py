@@ -16,7 +16,7 @@ from benchmarks.demo import MODEL, demo_images
 from benchmarks.demo import demo as run_demo
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
-from model_opt.data import DataError
+from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
 from protocol.errors import InputError
 from protocol.model import load

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from model_opt.activation import RELU, SQUARE, partial_activations, replace_relus
-from model_opt.autorep import check_budget
 from model_opt.compiler import compile_model
+from model_opt.methods import check_budget
 from model_opt.networks import build
 from protocol.model import Model
 

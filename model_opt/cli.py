@@ -1,23 +1,28 @@
-"""Command line of model optimisation: train, reduce, evaluate, compile."""
+"""Command line of model optimisation: train, reduce, pareto, show, evaluate, compile."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.status import Status
-from torch import nn
+from rich.table import Table
+from torch import Tensor, nn
 
-from model_opt import autorep, compiler, data, files
-from model_opt.activation import count_relus
-from model_opt.networks import activation_shapes, build
-from model_opt.training import Recipe, TrainingError, accuracy, fit, write_atomically
+from model_opt import compiler, data, datasets, files, methods
+from model_opt.activation import count_relus, partial_activations
+from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
+from model_opt.runs import describe_hardware, minutes_spent
+from model_opt.training import Recipe, TrainingError, accuracy, fit, world, write_atomically
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
 from protocol.simulation import simulate
@@ -25,27 +30,110 @@ from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Train networks, reduce their ReLUs, and compile them for private inference.")
-ERRORS = (data.DataError, files.NetworkFileError, compiler.CompileError, autorep.BudgetError, TrainingError)
+ERRORS = (datasets.DataError, files.NetworkFileError, compiler.CompileError, methods.BudgetError, TrainingError)
 PROGRAM = "relucent-opt"
 
-Data = Annotated[Path, typer.Option("--data", help="Folder that holds cifar-10-batches-bin/.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch CIFAR-10 there first, checksum verified.")]
-Run = Annotated[Path | None, typer.Option(help="Folder for the checkpoint and log; an interrupted run resumes from it.")]
-Epochs = Annotated[int, typer.Option(help="Passes over the training split.", min=1)]
+Data = Annotated[Path, typer.Option("--data", help="Folder that holds the data set in its official layout.")]
+DatasetName = Annotated[str, typer.Option("--dataset", help=f"auto, {', '.join(datasets.DATASETS)}.")]
+ImageSize = Annotated[int, typer.Option("--image-size", help="Resize image files to this side; 0 keeps theirs.", min=0)]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set first, checksum verified; default CIFAR-10.")]
+Run = Annotated[Path | None, typer.Option(help="Folder for checkpoints and logs; an interrupted run resumes from it.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1)]
 Batch = Annotated[int, typer.Option(help="Images per step.", min=2)]
+Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the weights.", min=0)]
+Schedule = Annotated[str, typer.Option(help="one-cycle (warm-up, then cosine) or cosine.")]
+Ema = Annotated[float, typer.Option(help="Decay per step of an average of the weights; 0 for none.", min=0, max=0.9999)]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")]
+Distil = Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")]
+Link = Annotated[str, typer.Option(help="Link of --target-ms: loopback, lan, wan, mobile.")]
+MethodOption = Annotated[list[str] | None, typer.Option("--option", "-o", help="A setting of the method, as name=value; repeatable.")]
 
 
-def _download(folder: Path) -> None:
-    with Status("downloading CIFAR-10", console=Console(stderr=True)) as status:
-        data.download(folder, lambda done, total: status.update(f"downloading CIFAR-10: {done >> 20} of {total >> 20} MiB"))
+def _open(folder: Path, name: str, size: int, download: bool) -> datasets.Dataset:
+    if download:
+        wanted = "cifar10" if name == "auto" else name
+        with Status(f"downloading {wanted}", console=Console(stderr=True)) as status:
+            datasets.download(folder, wanted, lambda done, total: status.update(
+                f"downloading {wanted}: {done >> 20} of {total >> 20} MiB"))
+    return datasets.open_dataset(folder, name, size)
 
 
-def _save(model: nn.Module, info: files.NetworkInfo, out: Path) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_atomically(out, files.serialise_network(model, info))
+        write_atomically(path, content)
     except OSError as error:
-        raise TrainingError(f"cannot write {out}: {error.strerror}") from error
+        raise TrainingError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _recipe(**settings: Any) -> Recipe:
+    try:
+        return Recipe(**settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _teacher(path: Path) -> tuple[nn.Module, files.NetworkInfo]:
+    model, info = files.load_network(path)
+    if info.partial:
+        raise InputError(f"{path} is already reduced", "pass the all-ReLU network that `train` wrote")
+    return model, info
+
+
+def _fitting(dataset: datasets.Dataset, info: files.NetworkInfo, path: Path) -> tuple[data.Split, data.Split]:
+    """Training and validation images as the network at `path` expects them."""
+    train, validation = dataset.load_train()
+    if train.shape != info.input_shape or len(dataset.classes) != len(info.classes):
+        raise InputError(f"{path} takes {'x'.join(map(str, info.input_shape))} images of {len(info.classes)} classes, {dataset.name} has "
+                         f"{'x'.join(map(str, train.shape))} images of {len(dataset.classes)}", "pass the data that it was trained on")
+    return replace(train, mean=info.mean, std=info.std), replace(validation, mean=info.mean, std=info.std)
+
+
+def _rebuild(info: files.NetworkInfo) -> Callable[[float, int], nn.Module]:
+    return lambda factor, stride: build(info.network, round(info.width * factor), len(info.classes), stride)
+
+
+def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
+    """name=value settings in the types of the method's options."""
+    if method not in methods.METHODS:
+        raise InputError(f"unknown method {method!r}", f"use {', '.join(methods.METHODS)}")
+    hints = get_type_hints(methods.METHODS[method][0])
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        kind = hints.get(name, str)
+        try:
+            if kind is bool:
+                values[name] = {"true": True, "false": False}[text.lower()]
+            elif kind in (int, float, str):
+                values[name] = kind(text)
+            else:
+                values[name] = tuple(float(part) for part in text.split(","))
+        except (ValueError, KeyError) as error:
+            expected = getattr(kind, "__name__", "list of numbers")
+            raise InputError(f"{pair!r} is no valid setting", f"write {name}=VALUE with a {expected}") from error
+    try:
+        methods.make_options(method, values)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return values
+
+
+def _run_method(method: str, budget: int, options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo, splits: tuple[
+        data.Split, data.Split], recipe: Recipe, folder: Path, distil: bool) -> tuple[methods.Reduced, dict[str, Any]]:
+    """The reduced network and the facts of the run."""
+    total = methods.count_all(teacher, info.input_shape)
+    torch.manual_seed(recipe.seed)
+    result = methods.reduce(teacher, method=method, budget=budget, data=splits, recipe=recipe, folder=folder, distil=distil,
+                            rebuild=_rebuild(info), **options)
+    made_by = {"command": "reduce", "method": method, "budget": budget, "relus": result.relus, "total": total, "epochs": recipe.epochs,
+               "batch": recipe.batch, "lr": recipe.lr, "distil": distil, "seed": recipe.seed, "options": options,
+               "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "hardware": describe_hardware(),
+               "details": result.details}
+    return result, made_by
+
+
+def _reduced_info(info: files.NetworkInfo, result: methods.Reduced, made_by: dict[str, Any]) -> files.NetworkInfo:
+    return replace(info, partial=True, made_by=made_by, width=round(info.width * result.width_factor), stride=result.stride)
 
 
 @app.command()
@@ -53,29 +141,42 @@ def _save(model: nn.Module, info: files.NetworkInfo, out: Path) -> None:
 def train(
     out: Annotated[Path, typer.Option(help="Where to write the network.")],
     folder: Data = Path("data"),
-    network: Annotated[str, typer.Option(help="Architecture.")] = "resnet18",
-    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = 32,
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
+    network: Annotated[str, typer.Option(help=f"Architecture: {', '.join(NETWORKS)}.")] = "resnet18",
+    width: Annotated[int, typer.Option(help="Channels of the first stage; 0 for the architecture's standard.", min=0)] = 32,
     epochs: Epochs = 15,
     batch: Batch = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 0.2,
+    lr: Rate = 0.2,
+    schedule: Schedule = "one-cycle",
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    ema: Ema = 0.0,
+    start_size: Annotated[int, typer.Option(help="Side of the images at first; they grow to full size. 0: full throughout.", min=0)] = 0,
     seed: Seed = 0,
     run: Run = None,
     download: Download = False,
 ) -> None:
-    """Train an all-ReLU network on CIFAR-10; it becomes the teacher of ReLU reduction."""
-    if download:
-        _download(folder)
-    training, validation = data.load_train(folder)
+    """Train an all-ReLU network; it becomes the teacher of ReLU reduction."""
+    source = _open(folder, dataset, image_size, download)
+    training, validation = source.load_train()
     torch.manual_seed(seed)
     try:
-        model = build(network, width)
+        width = width or STANDARD_WIDTH.get(network, 64)
+        model = build(network, width, len(source.classes))
     except ValueError as error:
         raise InputError(str(error)) from error
-    recipe = Recipe(epochs=epochs, batch=batch, lr=lr, seed=seed)
-    score = fit(model, training, validation, recipe, run or Path("runs") / out.stem, label=f"train {network} {width}")
-    made_by: dict[str, str | int | float] = {"command": "train", "epochs": epochs,
-                                               "batch": batch, "lr": lr, "seed": seed, "validation_accuracy": score}
-    _save(model, files.NetworkInfo(network, width, data.CLASSES, (3, 32, 32), False, made_by), out)
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
+                     start_size=start_size, seed=seed)
+    where = run or Path("runs") / out.stem
+    score = fit(model, training, validation, recipe, where, label="train",
+                settings={"network": network, "width": width, "data": source.name})
+    if world()[0] > 0:
+        return
+    made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
+               "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "seed": seed, "validation_accuracy": score,
+               "minutes": minutes_spent(where), "hardware": describe_hardware()}
+    info = files.NetworkInfo(network, width, source.classes, training.shape, source.mean, source.std, False, made_by)
+    _write(out, files.serialise_network(model, info))
     print(f"wrote {out}: validation accuracy {score:.2%}")
 
 
@@ -83,43 +184,176 @@ def train(
 @exit_on_error(PROGRAM, *ERRORS)
 def reduce(
     teacher: Annotated[Path, typer.Option(help="All-ReLU network, from `train`.")],
-    budget: Annotated[int, typer.Option(help="ReLUs per image that may remain.")],
     out: Annotated[Path, typer.Option(help="Where to write the network.")],
+    budget: Annotated[int | None, typer.Option(help="ReLUs per image that may remain.")] = None,
+    method: Annotated[str, typer.Option(help=f"{', '.join(methods.METHODS)}.")] = "autorep",
+    option: MethodOption = None,
+    target_ms: Annotated[float | None, typer.Option(help="Online latency to meet instead of a budget (method cost).", min=0)] = None,
+    link: Link = "loopback",
     folder: Data = Path("data"),
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
     epochs: Epochs = 15,
     batch: Batch = 256,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the weights.", min=0)] = 0.1,
-    indicator_lr: Annotated[float, typer.Option(help="Adam's rate for the indicators.", min=0)] = 1e-3,
-    freeze: Annotated[float, typer.Option(help="Fraction of the run after which the mask is fixed.", min=0.01, max=1)] = 0.4,
-    distil: Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")] = True,
+    lr: Rate = 0.05,
+    schedule: Schedule = "one-cycle",
+    ema: Ema = 0.0,
+    distil: Distil = True,
     seed: Seed = 0,
     run: Run = None,
     download: Download = False,
 ) -> None:
-    """Replace ReLUs by squares with AutoReP until at most BUDGET remain."""
-    if download:
-        _download(folder)
-    parent, info = files.load_network(teacher)
-    if info.partial:
-        raise InputError(f"{teacher} is already reduced", "pass the all-ReLU network that `train` wrote")
-    total = sum(torch.Size(s).numel() for s in activation_shapes(parent, info.input_shape, nn.ReLU).values())
-    autorep.check_budget(budget, total)
-    training, validation = data.load_train(folder)
-    torch.manual_seed(seed)
-    student = build(info.network, info.width, len(info.classes))
-    sample = data.Split(training.images[:2000], training.labels[:2000])
-    autorep.prepare(parent, student, info.input_shape, sample)
-    stage = autorep.AutoRep(student, budget, indicator_lr=indicator_lr, freeze=freeze, seed=seed)
-    recipe = Recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, seed=seed)
-    score = fit(student, training, validation, recipe, run or Path("runs") / out.stem, teacher=parent if distil else None,
-                stage=stage, label=f"autorep {budget} {indicator_lr} {freeze}")
-    relus = stage.finish()
-    made_by: dict[str, str | int | float] = {"command": "reduce", "method": "autorep",
-                                               "budget": budget, "relus": relus, "total": total, "epochs": epochs,
-               "batch": batch, "lr": lr, "indicator_lr": indicator_lr, "freeze": freeze, "distil": int(distil), "seed": seed,
-               "validation_accuracy": score}
-    _save(student, replace(info, partial=True, made_by=made_by), out)
-    print(f"wrote {out}: {relus:,} of {total:,} ReLUs, validation accuracy {score:.2%}")
+    """Reduce a network's ReLUs to at most BUDGET, or until it meets a latency on a link."""
+    parent, info = _teacher(teacher)
+    if target_ms is not None:
+        method, option = "cost", [f"target_ms={target_ms}", f"link={link}", *(option or [])]
+    elif budget is None:
+        raise InputError("no goal given", "pass --budget, or --target-ms with --link")
+    options = _parse_options(method, option or [])
+    total = methods.count_all(parent, info.input_shape)
+    budget = total if budget is None else budget
+    methods.check_budget(budget, total)
+    splits = _fitting(_open(folder, dataset, image_size, download), info, teacher)
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, seed=seed)
+    result, made_by = _run_method(method, budget, options, parent, info, splits, recipe, run or Path("runs") / out.stem, distil)
+    if world()[0] > 0:
+        return
+    _write(out, files.serialise_network(result.model, _reduced_info(info, result, made_by)))
+    print(f"wrote {out}: {result.relus:,} of {total:,} ReLUs, validation accuracy {result.validation_accuracy:.2%}")
+    for narrow in result.narrower:
+        path = out.with_stem(f"{out.stem}-width{narrow.width_factor}")
+        facts = {**made_by, "relus": narrow.relus, "validation_accuracy": narrow.validation_accuracy}
+        _write(path, files.serialise_network(narrow.model, _reduced_info(info, narrow, facts)))
+        print(f"wrote {path}: {narrow.relus:,} ReLUs at {narrow.width_factor} of the width, "
+              f"validation accuracy {narrow.validation_accuracy:.2%}")
+
+
+@app.command()
+@exit_on_error(PROGRAM, *ERRORS)
+def pareto(
+    teacher: Annotated[Path, typer.Option(help="All-ReLU network, from `train`.")],
+    out: Annotated[Path, typer.Option(help="Folder for networks, pareto.json, pareto.csv and pareto.png.")],
+    budgets: Annotated[str, typer.Option(help="Numbers of ReLUs, or percentages of the teacher's: 12900,10%.")],
+    configurations: Annotated[list[str], typer.Option(
+        "--method", help="A method, with settings if need be: autorep, or autorep:degree=1,c2=channel. Repeatable.")],
+    folder: Data = Path("data"),
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
+    epochs: Epochs = 15,
+    batch: Batch = 256,
+    lr: Rate = 0.05,
+    distil: Distil = True,
+    seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0",
+    test: Annotated[bool, typer.Option("--test", help="Also measure each network on the test images, once.")] = False,
+) -> None:
+    """Reduce one teacher with several methods, budgets and seeds; what is finished is not run again."""
+    parent, info = _teacher(teacher)
+    total = methods.count_all(parent, info.input_shape)
+    try:
+        counts = [round(float(b[:-1]) / 100 * total) if b.endswith("%") else int(b) for b in budgets.split(",")]
+        numbers = [int(s) for s in seeds.split(",")]
+    except ValueError as error:
+        raise InputError("--budgets and --seeds take numbers separated by commas", "for example --budgets 12900,10%") from error
+    for count in counts:
+        methods.check_budget(count, total)
+    chosen = [(c, c.partition(":")[0], _parse_options(c.partition(":")[0], [p for p in c.partition(":")[2].split(",") if p]))
+              for c in configurations]
+    source = _open(folder, dataset, image_size, False)
+    splits = _fitting(source, info, teacher)
+    rows: list[dict[str, Any]] = []
+    for label, method, options in chosen:
+        for count in counts:
+            for seed in numbers:
+                stem = f"{label.replace(':', '-').replace(',', '-').replace('=', '_')}-{count}-{seed}"
+                network, facts = out / f"{stem}.safetensors", out / f"{stem}.json"
+                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, seed=seed)
+                if not facts.is_file():
+                    result, made_by = _run_method(method, count, options, parent, info, splits, recipe, out / "runs" / stem, distil)
+                    reduced = _reduced_info(info, result, made_by)
+                    _write(network, files.serialise_network(result.model, reduced, 16))
+                    row = {"label": label, "method": method, "network": info.network, "width": info.width, "relus": result.relus,
+                           "budget": count, "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
+                           "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
+                           "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
+                           "details": result.details}
+                    if test:
+                        unseen = replace(source.load_test(), mean=info.mean, std=info.std)
+                        row["test_accuracy"] = accuracy(result.model, unseen)
+                    _write(facts, json.dumps(row, indent=1).encode())
+                rows.append(json.loads(facts.read_text()))
+                _report(rows, out, f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}", source.name == "cifar10")
+    table = Table("method", "budget", "ReLUs", "seed", "validation", "test")
+    for row in rows:
+        test_text = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
+        table.add_row(row["label"], f"{row['budget']:,}", f"{row['relus']:,}", str(row["seed"]),
+                      f"{row['validation_accuracy']:.2%}", test_text)
+    Console().print(table)
+    print(f"wrote {out}/pareto.json, pareto.csv and pareto.png")
+
+
+def _report(rows: list[dict[str, Any]], out: Path, title: str, published: bool) -> None:
+    from model_opt.show import draw_pareto  # matplotlib takes a second to import
+
+    _write(out / "pareto.json", json.dumps({"rows": rows}, indent=1).encode())
+    text = io.StringIO()
+    columns = [name for name in rows[0] if name != "details"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(out / "pareto.csv", text.getvalue().encode())
+    draw_pareto(rows, out / "pareto.png", title, published)
+
+
+def _load_masks(file: Path) -> tuple[str, dict[str, Tensor]]:
+    """Name and masks of a float network or a compiled model."""
+    try:
+        model, info = files.load_network(file)
+    except files.NetworkFileError:
+        loaded = _load_compiled(file)
+        return loaded.public.name, loaded.public.masks
+    if not info.partial:
+        raise InputError(f"{file} is not reduced: every activation is a ReLU", "pass a network from `reduce` or a compiled model")
+    return f"{info.network} width {info.width}", {name: layer.mask for name, layer in partial_activations(model).items()}
+
+
+def _load_compiled(file: Path) -> compiled.Model:
+    try:
+        return compiled.load(file)
+    except ModelFileError as error:
+        raise InputError(str(error), "pass a file from `train`, `reduce` or `compile`") from error
+
+
+@app.command()
+@exit_on_error(PROGRAM, *ERRORS)
+def show(
+    file: Annotated[Path, typer.Argument(help="Reduced network or compiled model.")],
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG, PDF or SVG): bars, and where in the image ReLUs remain.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Where FILE's ReLUs remain, layer by layer."""
+    from model_opt.show import KINDS, count_layers, draw_masks
+
+    name, masks = _load_masks(file)
+    layers = count_layers(masks)
+    total = {kind: sum(layer.counts[kind] for layer in layers) for kind in KINDS}
+    if as_json:
+        rows = [{"name": layer.name, "shape": layer.shape, **layer.counts} for layer in layers]
+        print(json.dumps({"name": name, "total": total, "layers": rows}))
+    else:
+        table = Table("layer", "shape", *KINDS, "ReLUs of the layer", title=name)
+        for layer in layers:
+            pixels = sum(layer.counts.values())
+            share = layer.counts["relu"] / pixels
+            bar = "█" * round(20 * share) or ("▏" if share else "")
+            table.add_row(layer.name, "x".join(map(str, layer.shape)), *(f"{layer.counts[k]:,}" for k in KINDS), f"{share:6.2%} {bar}")
+        table.add_section()
+        table.add_row("all", "", *(f"{total[k]:,}" for k in KINDS), f"{total['relu'] / max(sum(total.values()), 1):6.2%}")
+        Console().print(table)
+    if plot is not None:
+        try:
+            draw_masks(masks, f"{name}: {total['relu']:,} of {sum(total.values()):,} ReLUs", plot)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot write {plot}: {error}", "use a name that ends in .png, .pdf or .svg") from error
 
 
 @app.command("compile")
@@ -128,20 +362,20 @@ def compile_network(
     network: Annotated[Path, typer.Argument(help="Float network, from `train` or `reduce`.")],
     out: Annotated[Path, typer.Option(help="Where to write the compiled model.")],
     folder: Data = Path("data"),
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
     images: Annotated[int, typer.Option(help="Training images to calibrate on.", min=1)] = 500,
     name: Annotated[str, typer.Option(help="Name of the model; default: the architecture, width and ReLUs.")] = "",
+    eight_bits: Annotated[bool, typer.Option("--eight-bits", help="Weights as 8-bit integers per output channel; half the file.")] = False,
 ) -> None:
     """Compile NETWORK to the file that `relucent-server serve` takes."""
     model, info = files.load_network(network)
-    training, _ = data.load_train(folder)
+    training, _ = _fitting(_open(folder, dataset, image_size, False), info, network)
     title = name or f"{info.network}-w{info.width}-{info.made_by.get('relus', 'all')}-relus"
     with Status("compiling", console=Console(stderr=True)) as status:
-        result = compiler.compile_model(model, data.normalise(training.images[:images]), name=title, classes=info.classes,
-                                        mean=data.MEAN, std=data.STD, progress=status.update)
-    try:
-        write_atomically(out, compiled.serialise(result))
-    except OSError as error:
-        raise TrainingError(f"cannot write {out}: {error.strerror}") from error
+        result = compiler.compile_model(model, training[:images].normalised(), name=title, classes=info.classes, mean=info.mean,
+                                        std=info.std, eight_bits=eight_bits, progress=status.update)
+    _write(out, compiled.serialise(result))
     point = result.public.fixed_point
     print(f"wrote {out}: {result.public.relus:,} ReLUs, f_a {point.activation_bits}, f_w {point.weight_bits}, comparison width "
           f"{point.comparison_bits}, truncation failure at most {point.failure_bound:.1e} per inference, id {result.public.model_id[:12]}")
@@ -151,8 +385,8 @@ def _fixed_point_accuracy(model: compiled.Model, split: data.Split) -> float:
     hits = 0
     starts = range(0, len(split), 100)
     for start in track(starts, description="fixed point", console=Console(stderr=True), transient=True):
-        x = data.normalise(split.images[start : start + 100])
-        hits += int((simulate(model, x).argmax(1) == split.labels[start : start + 100]).sum())
+        part = split[start : start + 100]
+        hits += int((simulate(model, part.normalised()).argmax(1) == part.labels).sum())
     return hits / len(split)
 
 
@@ -161,6 +395,8 @@ def _fixed_point_accuracy(model: compiled.Model, split: data.Split) -> float:
 def evaluate(
     file: Annotated[Path, typer.Argument(help="Float network or compiled model.")],
     folder: Data = Path("data"),
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
     split: Annotated[str, typer.Option(help="validation or test. Choose on validation; touch test once.")] = "validation",
     limit: Annotated[int, typer.Option(help="Only the first LIMIT images; 0 for all.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -168,17 +404,16 @@ def evaluate(
     """Accuracy of FILE: in float for a network, in simulated fixed point for a compiled model."""
     if split not in ("validation", "test"):
         raise InputError(f"unknown split {split!r}", "use validation or test")
-    images = data.load_test(folder) if split == "test" else data.load_train(folder)[1]
-    if limit:
-        images = data.Split(images.images[:limit], images.labels[:limit])
+    source = _open(folder, dataset, image_size, False)
+    images = source.load_test() if split == "test" else source.load_train()[1]
+    images = images[:limit] if limit else images
     try:
-        model, _ = files.load_network(file)
-        kind, score, relus = "float", accuracy(model, images), count_relus(model)
+        model, info = files.load_network(file)
+        kind, score, relus = "float", accuracy(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
+        relus = relus if info.partial else methods.count_all(model, info.input_shape)
     except files.NetworkFileError:
-        try:
-            loaded = compiled.load(file)
-        except ModelFileError as error:
-            raise InputError(str(error), "pass a file from `train`, `reduce` or `compile`") from error
+        loaded = _load_compiled(file)
+        images = replace(images, mean=loaded.public.mean, std=loaded.public.std)
         kind, score, relus = "fixed_point", _fixed_point_accuracy(loaded, images), loaded.public.relus
     if as_json:
         print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": score,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from model_opt.activation import PartialActivation, replace_relus
+from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, replace_relus
 from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
 from protocol.plan import make_plan
 from protocol.ring import RING_BITS
@@ -40,8 +40,29 @@ def _unsupported(what: str, where: str, why: str = "") -> CompileError:
 
 
 class _Tracer(fx.Tracer):
+    """Knows where it is, for error messages."""
+
+    where = ""
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer, self.where = self.where, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.where = outer
+        return result
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, PartialActivation) or super().is_leaf_module(m, module_qualified_name)
+
+
+FACTOR_BITS = 7
+
+
+def _public_factors(c2: Tensor) -> dict[str, Any]:
+    """A c2 per channel as public integers of FACTOR_BITS bits and a power of two; none is zero."""
+    shift = int((2.0**FACTOR_BITS - 1) / float(c2.abs().max().clamp_min(2.0**-17))).bit_length() - 1
+    factors = torch.round(c2 * 2.0**shift)
+    factors = torch.where(factors == 0, torch.where(c2 < 0, -1.0, 1.0).double(), factors)
+    return {"c2_shift": shift, "c2_factor": [int(f) for f in factors]}
 
 
 @dataclass
@@ -184,12 +205,34 @@ class _Lowering:
         self._emit(node, "avg_pool2d", [source], where, {"kernel": kernel, "stride": kernel, "padding": [0, 0]})
 
     def _activation(self, node: fx.Node, module: PartialActivation, source: str, where: str) -> None:
-        if not bool((module.mask != 0).any()):
+        if bool((module.mask == LINEAR).any()):
+            source = self._scale(node, module, source, where)
+        mask = torch.where(module.mask == LINEAR, IDENTITY, module.mask)
+        if not bool((mask != IDENTITY).any()):
             self.alias[node.name] = source  # nothing but identities: no layer, no round
             return
         attrs = {"c2_shift": int(module.c2_shift)}
-        self._emit(node, "activation", [source], where, attrs, mask=module.mask,
+        if module.c2 is not None and bool((mask == SQUARE).any()):
+            attrs = _public_factors(module.c2.flatten().double())
+        self._emit(node, "activation", [source], where, attrs, mask=mask,
                    c1=module.c1.double().flatten(), c0=module.c0.double().flatten())
+
+    def _scale(self, node: fx.Node, module: PartialActivation, source: str, where: str) -> str:
+        """c1 z + c0 at the linear pixels: folded into the layer before where whole channels are linear, else a node."""
+        linear = module.mask == LINEAR
+        weight = torch.where(linear, module.c1, 1.0).double()
+        bias = torch.where(linear, module.c0, 0.0).double()
+        draft, argument = self.drafts.get(source), node.args[0]
+        assert isinstance(argument, fx.Node)
+        by_channel = bool((linear == linear.flatten(1)[:, :1].view(module.channels)).all())
+        if draft is not None and draft.op in ("conv2d", "linear") and by_channel and len(argument.users) == 1:
+            scale = weight.flatten(1)[:, 0]
+            draft.tensors["weight"] = draft.tensors["weight"] * scale.view(-1, *[1] * (draft.tensors["weight"].dim() - 1))
+            draft.tensors["bias"] = draft.tensors["bias"] * scale + bias.flatten(1)[:, 0]
+            return source
+        name = f"{node.name}_scale"
+        self.drafts[name] = _Draft(name, "scale", [source], {"shape": list(weight.shape)}, {"weight": weight, "bias": bias}, where)
+        return name
 
     def _function(self, node: fx.Node) -> None:
         if node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and not node.kwargs:
@@ -207,11 +250,12 @@ class _Lowering:
 
 
 def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[_Draft]:
+    tracer = _Tracer()
     try:
-        traced = fx.GraphModule(model, _Tracer().trace(model))
+        traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
-        raise CompileError(f"torch.fx cannot trace the network: {error}; write its forward without data-dependent control flow"
-                           ) from error
+        place = f"module {tracer.where!r} ({type(model.get_submodule(tracer.where)).__name__})"
+        raise CompileError(f"torch.fx cannot trace {place}: {error}; write its forward without data-dependent control flow") from error
     shapes: dict[str, tuple[int, ...]] = {}
 
     class Recorder(fx.Interpreter):
@@ -228,26 +272,37 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[_Draft]:
     return _Lowering(traced, shapes).run()
 
 
+def check(network: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Raise CompileError, naming the place, if a network could not be compiled later."""
+    with torch.no_grad():
+        _trace(_with_partial_activations(network, input_shape), input_shape)
+
+
+def _with_partial_activations(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+    try:
+        return replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
+    except ValueError as error:
+        raise CompileError(str(error)) from error
+    except Exception as error:  # whatever a user's forward raises
+        raise CompileError(f"the network does not run on an input of shape {input_shape}: {error}") from error
+
+
 def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes: tuple[str, ...], mean: tuple[float, ...],
-                  std: tuple[float, ...], progress: Callable[[str], None] = lambda _: None) -> Model:
+                  std: tuple[float, ...], eight_bits: bool = False, progress: Callable[[str], None] = lambda _: None) -> Model:
     """Compile a trained network.
 
     Args:
         network: any module that torch.fx can trace; nn.ReLU and PartialActivation are its activations.
         calibration: normalised images (N, *input_shape), float; they choose the number formats.
         mean, std: per channel, in units of pixel / 255; the client normalises with them.
+        eight_bits: store weights as 8-bit integers per output channel.
 
     Raises CompileError.
     """
     if calibration.dim() < 2 or len(calibration) == 0:
         raise CompileError("calibration needs at least one image")
     input_shape = tuple(calibration.shape[1:])
-    try:
-        network = replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
-    except ValueError as error:
-        raise CompileError(str(error)) from error
-    except Exception as error:  # whatever a user's forward raises
-        raise CompileError(f"the network does not run on an input of shape {input_shape}: {error}") from error
+    network = _with_partial_activations(network, input_shape)
     with torch.no_grad():
         drafts = _trace(network, input_shape)
     nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)
@@ -255,14 +310,22 @@ def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes
     reals = {f"{d.name}.{k}": v.detach() for d in drafts for k, v in d.tensors.items()}
     public = PublicModel(name, input_shape, nodes, FixedPoint(8, 8, 62, 1.0), classes, mean, std, masks, "0" * 64)
     make_plan(public, 1)
-    return _calibrate(public, reals, calibration, progress)
+    return _calibrate(public, reals, calibration, eight_bits, progress)
 
 
-def quantise(public: PublicModel, reals: dict[str, Tensor], salt: Tensor) -> Model:
-    """Weights as integers with f_w fractional bits in the smallest type, the salt, and the digest over all of it."""
+def quantise(public: PublicModel, reals: dict[str, Tensor], salt: Tensor, eight_bits: bool = False) -> Model:
+    """Weights as integers with f_w fractional bits in the smallest type, the salt, and the digest over all of it.
+
+    eight_bits: each row (output channel) of a kernel or matrix as 8-bit integers times an integer step of its own; half the size.
+    """
     private: dict[str, Tensor] = {"salt": salt}
     for key, value in reals.items():
-        if key.endswith(".weight"):
+        if key.endswith(".weight") and eight_bits and value.dim() in (2, 4) and value[0].numel() > 1:
+            rows = value.flatten(1) * 2.0**public.fixed_point.weight_bits
+            step = (rows.abs().amax(1) / 127).ceil().clamp_min(1)
+            private[key] = torch.round(rows / step[:, None]).to(torch.int8).view(value.shape)
+            private[f"{key}_step"] = step.to(torch.int32)
+        elif key.endswith(".weight"):
             integers = torch.round(value * 2.0**public.fixed_point.weight_bits).long()
             largest = int(integers.abs().max())
             private[key] = integers.to(torch.int16 if largest < 1 << 15 else torch.int32 if largest < 1 << 31 else torch.int64)
@@ -271,7 +334,8 @@ def quantise(public: PublicModel, reals: dict[str, Tensor], salt: Tensor) -> Mod
     return Model(replace(public, private_digest=tensors_digest(private).hex()), private)
 
 
-def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, progress: Callable[[str], None]) -> Model:
+def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, eight_bits: bool,
+               progress: Callable[[str], None]) -> Model:
     """Choose the largest f_a = f_w - 1 whose failure bound meets FAILURE_TARGET, and n from the ranges seen.
 
     An element y is spoilt by local truncation with probability at most |y| 2^-63; the bound sums this over every
@@ -280,7 +344,7 @@ def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, pr
     salt = torch.frombuffer(bytearray(secrets.token_bytes(32)), dtype=torch.uint8)
     for activation_bits in range(14, 5, -1):
         point = FixedPoint(activation_bits, activation_bits + 1, 62, 1.0)
-        model = quantise(replace(public, fixed_point=point), reals, salt)
+        model = quantise(replace(public, fixed_point=point), reals, salt, eight_bits)
         seen = Simulation(point)
         progress(f"calibrating f_a = {activation_bits}")
         for start in range(0, len(images), 50):
@@ -292,6 +356,6 @@ def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, pr
         if bound <= FAILURE_TARGET:
             n = max(int(RANGE_MARGIN * seen.largest_compared).bit_length() + 1, 4)
             point = FixedPoint(activation_bits, activation_bits + 1, n, bound)
-            return quantise(replace(public, fixed_point=point), reals, salt)
+            return quantise(replace(public, fixed_point=point), reals, salt, eight_bits)
     raise CompileError("the activations are too large for the ring at any supported precision; is the network trained and "
                        "are the calibration images normalised?")

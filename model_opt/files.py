@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model_opt.activation import replace_relus
+from model_opt.activation import partial_activations, replace_relus
 from model_opt.networks import build
 
 KEY = "relucent-network"
+STEP = ".step"
+"""Suffix of the step of each row of a tensor that is stored with 8 bits."""
 
 
 class NetworkFileError(Exception):
@@ -26,23 +29,55 @@ class NetworkFileError(Exception):
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """What rebuilds a network, and how it was made. partial: whether its ReLUs are partial activations."""
+    """What rebuilds a network, and how it was made.
+
+    network, width, stride: as in `model_opt.networks.build`. classes: names. mean, std: normalisation per channel, pixel / 255.
+    partial: whether its ReLUs are partial activations. made_by: settings, seeds and results.
+    """
 
     network: str
     width: int
     classes: tuple[str, ...]
     input_shape: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     partial: bool
-    made_by: dict[str, str | int | float]
+    made_by: dict[str, Any]
+    stride: int = 1
+
+    def build(self) -> nn.Module:
+        """The untrained network, all-ReLU. Raises ValueError."""
+        return build(self.network, self.width, len(self.classes), self.stride)
 
 
-def serialise_network(model: nn.Module, info: NetworkInfo, half: bool = False) -> bytes:
-    """A network as the bytes of a file; `half` stores float tensors with 16 bits."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+def _eight_bits(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    step = (tensor.flatten(1).abs().amax(1) / 127).clamp_min(1e-12)
+    return {name: torch.round(tensor / step.view(-1, *[1] * (tensor.dim() - 1))).to(torch.int8), name + STEP: step}
+
+
+def serialise_network(model: nn.Module, info: NetworkInfo, bits: int = 32) -> bytes:
+    """A network as the bytes of a file; with 16 or 8 bits for the kernels and matrices (8: one step per output channel)."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        if bits == 32 or not value.is_floating_point() or value.dim() < 2 or value[0].numel() == 1:
+            tensors[name] = value
+        else:
+            tensors |= _eight_bits(name, value) if bits == 8 else {name: value.half()}
     data: bytes = safetensors.torch.save(tensors, {KEY: json.dumps(asdict(info))})
     return data
+
+
+def _restore(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    restored = {}
+    for name, value in tensors.items():
+        if name.endswith(STEP):
+            continue
+        step = tensors.get(name + STEP)
+        if step is not None:
+            value = value.float() * step.view(-1, *[1] * (value.dim() - 1))
+        restored[name] = value.float() if value.dtype == torch.float16 else value
+    return restored
 
 
 def load_network(path: Path) -> tuple[nn.Module, NetworkInfo]:
@@ -54,12 +89,16 @@ def load_network(path: Path) -> tuple[nn.Module, NetworkInfo]:
         if KEY not in metadata:
             raise NetworkFileError(f"{path} is no float network; make one with `relucent-opt train` or `reduce`")
         raw = json.loads(metadata[KEY])
-        info = NetworkInfo(raw["network"], int(raw["width"]), tuple(raw["classes"]), tuple(raw["input_shape"]),
-                           bool(raw["partial"]), dict(raw["made_by"]))
-        model = build(info.network, info.width, len(info.classes))
+        for key in ("classes", "input_shape", "mean", "std"):
+            raw[key] = tuple(raw[key])
+        info = NetworkInfo(**raw)
+        model = info.build()
         if info.partial:
             replace_relus(model, info.input_shape)
-        model.load_state_dict({k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()})
+            for name, layer in partial_activations(model).items():
+                if f"{name}.c2" in tensors:
+                    layer.per_channel_c2()
+        model.load_state_dict(_restore(tensors))
     except FileNotFoundError:
         raise NetworkFileError(f"{path} does not exist") from None
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:

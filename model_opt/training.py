@@ -1,6 +1,7 @@
-"""Training loop shared by teachers and ReLU reduction: one-cycle schedule, bf16 on CPU, exact resume.
+"""Training loop shared by teachers and ReLU reduction: learning rate schedules, bf16 autocast, EMA, exact resume.
 
-A run folder holds `checkpoint.pt` (written atomically after each epoch), `log.csv` and, at the end, the model.
+A run folder holds `checkpoint.pt` (written atomically after each epoch) and `log.csv`. Under `torchrun` every process
+trains on its slice of each batch, gradients are averaged by DistributedDataParallel, and the first process writes.
 """
 
 from __future__ import annotations
@@ -9,18 +10,28 @@ import csv
 import io
 import math
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from model_opt.data import Split, batches, normalise
+from model_opt.data import Split, batches
 
 NORM_IMAGES = 4000
+QUICK_IMAGES = 1000
+"""Images of the validation between epochs; the last one takes them all."""
+GROW_FROM, GROW_UNTIL = 0.3, 0.8
+"""Fractions of a run between which the images grow from `start_size`."""
 
 
 class TrainingError(Exception):
@@ -31,41 +42,73 @@ class TrainingError(Exception):
 class Recipe:
     """Settings of one run; a checkpoint resumes only under the same ones.
 
-    lr: peak learning rate. warmup: fraction of the run in which it rises. momentum and weight_decay: of SGD.
-    temperature: of distillation. clip: largest gradient norm. label_smoothing: without a teacher only.
+    lr: peak learning rate. schedule: "one-cycle" rises over the fraction `warmup` of the run and falls as a cosine,
+    "cosine" falls from the start. momentum and weight_decay: of SGD. clip: largest gradient norm.
+    label_smoothing: without a teacher only. temperature, hard_weight, soft_weight: of distillation; the loss is
+    hard_weight CE + soft_weight T^2 KL.
+    ema: decay per step of an average of the weights that takes their place in the end; 0 for none.
+    start_size: side of the training images at first, which then grows to the full one (progressive resizing: early
+    epochs on small images cost a fraction); 0 trains on full images throughout.
     """
 
     epochs: int
     batch: int = 256
-    lr: float = 0.4
+    lr: float = 0.2
+    schedule: str = "one-cycle"
     warmup: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     temperature: float = 4.0
+    hard_weight: float = 1.0
+    soft_weight: float = 1.0
     clip: float = 5.0
+    ema: float = 0.0
+    start_size: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
             raise ValueError("epochs must be at least 1 and batch at least 2")
+        if self.schedule not in ("one-cycle", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; known: one-cycle, cosine")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+
+    def image_size(self, progress: float, full: int) -> int:
+        """Side of the training images after the fraction `progress` of the run: from start_size to `full` in steps of 4."""
+        if not 0 < self.start_size < full:
+            return full
+        grown = self.start_size + (full - self.start_size) * (progress - GROW_FROM) / (GROW_UNTIL - GROW_FROM)
+        return min(full, max(self.start_size, self.start_size + 4 * math.ceil((grown - self.start_size) / 4)))
 
     def rate(self, progress: float) -> float:
-        """Learning rate after the fraction `progress` of the run: linear rise, then cosine to zero."""
-        if progress < self.warmup:
-            return self.lr * max(progress / self.warmup, 0.02)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+        """Learning rate after the fraction `progress` of the run."""
+        warmup = self.warmup if self.schedule == "one-cycle" else 0.0
+        if progress < warmup:
+            return self.lr * max(progress / warmup, 0.02)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 class Stage:
     """What a reduction method adds to plain training. The base class adds nothing."""
 
-    def begin(self, model: nn.Module) -> list[dict[str, Any]]:
+    def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
         """Called once before training or resume; returns extra optimiser parameter groups."""
         return []
 
+    def loss(self) -> Tensor | None:
+        """A term to add to the loss of the batch that has just been run."""
+        return None
+
     def after_step(self, progress: float) -> None:
         """Called after every optimiser step with the fraction of the run that is done."""
+
+    def after_epoch(self) -> None:
+        """Called after every epoch, before it is validated."""
+
+    def end(self) -> None:
+        """Called once when training is over, or has failed."""
 
     def status(self) -> dict[str, float]:
         """Figures for the log and the progress bar."""
@@ -79,9 +122,23 @@ class Stage:
         """Take back what `state` gave."""
 
 
+def world() -> tuple[int, int]:
+    """Rank and number of the processes that `torchrun` started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU where there is one, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _parallel(model: nn.Module, where: torch.device) -> nn.Module:
+    """`model` as its processes train it together."""
+    if world()[1] == 1:
+        return model
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return DistributedDataParallel(model)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -93,21 +150,21 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
-    """Top-1 accuracy in float32 without augmentation, as a fraction."""
+    """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
     where = next(model.parameters()).device
     was_training = model.training
     model.eval()
     hits = 0
     for start in range(0, len(split), batch):
-        x = normalise(split.images[start : start + batch].to(where)).contiguous(memory_format=torch.channels_last)
-        hits += int((model(x).argmax(1).cpu() == split.labels[start : start + batch].cpu()).sum())
+        part = split[start : start + batch].to(where)
+        hits += int((model(part.normalised().contiguous(memory_format=torch.channels_last)).argmax(1) == part.labels).sum())
     model.train(was_training)
     return hits / len(split)
 
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, sample: Split, batch: int = 500) -> None:
-    """Set every BatchNorm's running statistics to the averages over `sample`, unaugmented, in float32.
+    """Set every BatchNorm's running statistics to the averages over `sample`, unaugmented.
 
     Behind squares a few outliers dominate the exponential averages of training and spoil evaluation: 70% instead of
     85% on the same weights was seen. Leaves the model in eval mode.
@@ -120,7 +177,7 @@ def reestimate_norms(model: nn.Module, sample: Split, batch: int = 500) -> None:
     where = next(model.parameters()).device
     model.train()
     for start in range(0, len(sample), batch):
-        model(normalise(sample.images[start : start + batch].to(where)).contiguous(memory_format=torch.channels_last))
+        model(sample[start : start + batch].to(where).normalised().contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     model.eval()
@@ -137,97 +194,170 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
 
 
-def _resume(path: Path, settings: dict[str, Any], model: nn.Module, optimiser: torch.optim.Optimizer,
-            generator: torch.Generator, stage: Stage) -> tuple[int, int]:
+@dataclass
+class _Parts:
+    """All that a checkpoint holds."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    stage: Stage
+    average: AveragedModel | None
+
+    def save(self, path: Path, settings: dict[str, Any], epoch: int, step: int) -> None:
+        state = {"settings": settings, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+                 "generator": self.generator.get_state(), "stage": self.stage.state(), "epoch": epoch, "step": step,
+                 "average": self.average.state_dict() if self.average is not None else None}
+        buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
+        torch.save(state, buffer)
+        write_atomically(path, buffer.getbuffer())
+
+    def resume(self, path: Path, settings: dict[str, Any]) -> tuple[int, int]:
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise TrainingError(f"{path} is no readable checkpoint ({type(error).__name__}); delete it to start anew") from error
+        if state["settings"] != settings:
+            changed = sorted(k for k in {*settings, *state["settings"]} if state["settings"].get(k) != settings.get(k))
+            raise TrainingError(f"{path} was made with other settings ({', '.join(changed)}); use another folder or the same settings")
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"])
+        self.stage.load(state["stage"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        return int(state["epoch"]), int(state["step"])
+
+
+@contextmanager
+def _shortages(folder: Path, batch: int) -> Iterator[None]:
+    """Running out of memory or disk as a TrainingError that says what is kept."""
+    kept = f"the run can resume from the last checkpoint in {folder}"
     try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise TrainingError(f"{path} is no readable checkpoint ({type(error).__name__}); delete it to start anew") from error
-    if state["settings"] != settings:
-        changed = sorted(k for k in settings if state["settings"].get(k) != settings[k])
-        raise TrainingError(f"{path} was made with other settings ({', '.join(changed)}); use another folder or the same settings")
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    generator.set_state(state["generator"])
-    stage.load(state["stage"])
-    return int(state["epoch"]), int(state["step"])
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write to {folder}: {error.strerror}; {kept}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise TrainingError(f"out of memory at a batch of {batch} images; use a smaller --batch; {kept}") from error
+        raise
 
 
-def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folder: Path, *,
-        teacher: nn.Module | None = None, stage: Stage | None = None, label: str = "train") -> float:
-    """Train `model` in place and return its validation accuracy; resumes from `folder/checkpoint.pt` if present.
+def _check_disk(folder: Path, model: nn.Module) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # two checkpoints: weights and momentum
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TrainingError(f"{folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB; choose another --run")
 
-    With a teacher the loss is cross entropy plus distillation, else cross entropy with label smoothing.
-    Raises TrainingError on a NaN loss, a checkpoint of other settings, or a full disk; the last checkpoint is kept.
-    """
-    stage = stage or Stage()
-    where = device()
-    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher.to(where, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    train = train.to(where)
-    groups = stage.begin(model)
+
+def _optimiser(model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.SGD:
+    """SGD; weight decay on matrices and kernels only."""
     special = {id(p) for group in groups for p in group["params"]}
     weights = [p for p in model.parameters() if id(p) not in special]
     decay = [p for p in weights if p.dim() >= 2 and p.numel() > max(p.shape)]
     plain = [p for p in weights if not (p.dim() >= 2 and p.numel() > max(p.shape))]
-    optimiser = torch.optim.SGD(
+    return torch.optim.SGD(
         [{"params": decay, "scale": 1.0}, {"params": plain, "weight_decay": 0.0, "scale": 1.0}, *groups],
-        lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
+        lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
+
+
+def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folder: Path, *,
+        teacher: nn.Module | None = None, stage: Stage | None = None, label: str = "train",
+        settings: dict[str, Any] | None = None) -> float:
+    """Train `model` in place and return its validation accuracy; resumes from `folder/checkpoint.pt` if present.
+
+    With a teacher the loss is cross entropy plus distillation, else cross entropy with label smoothing. settings: what else a
+    resumed run must share, beside recipe and label.
+    Raises TrainingError on a NaN loss, a checkpoint of other settings, or when memory or disk run out; the last checkpoint is kept.
+    """
+    if len(train) < recipe.batch:
+        raise TrainingError(f"{len(train)} training images are fewer than one batch of {recipe.batch}; use a smaller --batch")
+    stage = stage or Stage()
+    try:
+        with _shortages(folder, recipe.batch):
+            return _fit(model, train, validation, recipe, folder, teacher, stage, label,
+                        {"label": label, "distil": teacher is not None, **asdict(recipe), **(settings or {})})
+    finally:
+        stage.end()
+
+
+def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folder: Path, teacher: nn.Module | None,
+         stage: Stage, label: str, settings: dict[str, Any]) -> float:
+    where, (rank, processes) = device(), world()
+    _check_disk(folder, model)
+    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.to(where, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    train = train.to(where)
+    groups = stage.begin(model, teacher)
+    optimiser = _optimiser(model, groups, recipe)
+    clipped = [p for group in optimiser.param_groups[:2] for p in group["params"]]
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
     generator = torch.Generator().manual_seed(recipe.seed)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
-    settings = {"label": label, **asdict(recipe)}
-    first, step = _resume(checkpoint, settings, model, optimiser, generator, stage) if checkpoint.exists() else (0, 0)
+    parts = _Parts(model, optimiser, generator, stage, average)
+    first, step = parts.resume(checkpoint, settings) if checkpoint.exists() else (0, 0)
+    parallel = _parallel(model, where)
+    share = slice(rank, None, processes)
     steps = recipe.epochs * (len(train) // recipe.batch)
     validated = accuracy(model, validation) if first else 0.0
-    sample = Split(train.images[:NORM_IMAGES], train.labels[:NORM_IMAGES])
+    sample = train[:NORM_IMAGES]
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=rank > 0) as bar:
         task = bar.add_task(label, total=steps, completed=step, note="")
         for epoch in range(first, recipe.epochs):
-            model.train()
+            parallel.train()
             started, total, seen = time.monotonic(), 0.0, 0
-            for x, y in batches(train, recipe.batch, generator):
+            for x, y in batches(train, recipe.batch, generator, share):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(step / steps) * group["scale"]
+                side = recipe.image_size(step / steps, x.shape[-1])
+                if side != x.shape[-1]:
+                    x = nn.functional.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
                 x = x.contiguous(memory_format=torch.channels_last)
                 with torch.autocast(where.type, torch.bfloat16):
-                    logits = model(x).float()
+                    logits = parallel(x).float()
                     with torch.no_grad():
                         target = teacher(x).float() if teacher is not None else None
+                    extra = stage.loss()
                 if target is None:
                     loss = nn.functional.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
                 else:
-                    loss = nn.functional.cross_entropy(logits, y) + distillation_loss(logits, target, recipe.temperature)
+                    loss = (recipe.hard_weight * nn.functional.cross_entropy(logits, y)
+                            + recipe.soft_weight * distillation_loss(logits, target, recipe.temperature))
+                if extra is not None:
+                    loss = loss + extra
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise TrainingError(f"loss is {value} at step {step}; the last good checkpoint is {checkpoint}; try a lower --lr")
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(weights, recipe.clip)
+                nn.utils.clip_grad_norm_(clipped, recipe.clip)
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)
+                if average is not None:
+                    average.update_parameters(model)
                 total, seen = total + value, seen + 1
                 bar.update(task, completed=step, note=f"loss {value:.3f}")
-            reestimate_norms(model, sample)
-            validated = accuracy(model, validation)
+            stage.after_epoch()
+            last = epoch + 1 == recipe.epochs
+            if last and average is not None:
+                model.load_state_dict(average.module.state_dict())
+            with torch.autocast(where.type, torch.bfloat16, enabled=not last):
+                reestimate_norms(model, sample if last else sample[:QUICK_IMAGES])
+                validated = accuracy(model, validation if last else validation[:QUICK_IMAGES])
             row = {"epoch": epoch + 1, "loss": round(total / seen, 5), "validation_accuracy": validated,
                    "seconds": round(time.monotonic() - started, 1), **stage.status()}
-            state = {"settings": settings, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                     "generator": generator.get_state(), "stage": stage.state(), "epoch": epoch + 1, "step": step}
-            try:
-                buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
-                torch.save(state, buffer)
-                write_atomically(checkpoint, buffer.getbuffer())
+            if rank == 0:
+                parts.save(checkpoint, settings, epoch + 1, step)
                 fresh = not log.exists()
                 with log.open("a", newline="") as out:
                     writer = csv.DictWriter(out, list(row))
                     if fresh:
                         writer.writeheader()
                     writer.writerow(row)
-            except OSError as error:
-                raise TrainingError(f"cannot write to {folder}: {error.strerror}; the run can resume from the last checkpoint") from error
-            bar.console.print("  ".join(f"{k} {v}" for k, v in row.items()))
+                bar.console.print("  ".join(f"{k} {v}" for k, v in row.items()))
     return validated

@@ -19,7 +19,7 @@ ALLOWED = {
     "model_opt": {"model_opt", "protocol"},
     "benchmarks": {"benchmarks", "client", "protocol", "model_opt"},
 }
-SOURCES = [p for package in PACKAGES for p in sorted((ROOT / package).glob("*.py")) if "_pb2" not in p.name]
+SOURCES = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")) if "_pb2" not in p.name]
 
 
 def imports(path: Path) -> set[str]:
@@ -32,9 +32,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
-    package = path.parent.name
+    package = path.relative_to(ROOT).parts[0]
     reached = {name.split(".")[0] for name in imports(path)} & set(PACKAGES)
     assert reached <= ALLOWED[package]
 
@@ -63,7 +63,7 @@ def test_secrets_come_from_the_operating_system_only() -> None:
 
 def test_architecture_document_names_every_module() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    missing = [f"{p.parent.name}/{p.name}" for p in SOURCES if p.name != "__init__.py" and f"`{p.name}`" not in text]
+    missing = [str(p.relative_to(ROOT)) for p in SOURCES if p.name != "__init__.py" and f"`{p.name}`" not in text]
     assert not missing
 
 

@@ -107,12 +107,12 @@ def test_opt_mistakes(tmp_path: Path, model_path: Path) -> None:
     mistake(program("opt", "train", "--data", tmp_path, "--out", tmp_path / "o"), 2, "is missing", "--download")
     mistake(program("opt", "reduce", "--teacher", tmp_path / "none", "--budget", 10, "--out", tmp_path / "o"), 2, "does not exist")
     mistake(program("opt", "evaluate", model_path, "--data", tmp_path), 2, "is missing")
-    from model_opt.data import CLASSES
-    from model_opt.files import NetworkInfo, serialise_network
-    from model_opt.networks import resnet18
+    from model_opt.files import serialise_network
+    from model_opt.networks import build
+    from tests.samples import network_info
 
     teacher = tmp_path / "teacher.safetensors"
-    teacher.write_bytes(serialise_network(resnet18(4), NetworkInfo("resnet18", 4, CLASSES, (3, 32, 32), False, {})))
+    teacher.write_bytes(serialise_network(build("resnet18", 4), network_info()))
     for budget, word in ((-1, "negative"), (10**9, "exceeds")):
         done = program("opt", "reduce", "--teacher", teacher, "--budget", budget, "--out", tmp_path / "o", "--data", tmp_path)
         mistake(done, 2, word)
@@ -127,14 +127,14 @@ def limited_disk() -> None:
 
 
 def test_full_disk_while_training_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    from tests.test_model_opt import write_cifar
+    from tests.samples import write_cifar
 
     write_cifar(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     code = (
-        "from model_opt.training import *; from tests.test_model_opt import learnable; from model_opt.networks import resnet18\n"
-        f"fit(resnet18(4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), __import__('pathlib').Path({str(run)!r}))"
+        "from model_opt.training import *; from tests.samples import learnable; from model_opt.networks import build\n"
+        f"fit(build('resnet18', 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), __import__('pathlib').Path({str(run)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, preexec_fn=limited_disk)
     assert "TrainingError: cannot write" in done.stderr, done.stderr
@@ -142,13 +142,12 @@ def test_full_disk_while_training_keeps_the_old_checkpoint(tmp_path: Path) -> No
 
 
 def test_full_disk_while_compiling(tmp_path: Path) -> None:
-    from model_opt.data import CLASSES
-    from model_opt.files import NetworkInfo, serialise_network
-    from model_opt.networks import resnet18
-    from tests.test_model_opt import write_cifar
+    from model_opt.files import serialise_network
+    from model_opt.networks import build
+    from tests.samples import network_info, write_cifar
 
     write_cifar(tmp_path)
-    (tmp_path / "n").write_bytes(serialise_network(resnet18(4), NetworkInfo("resnet18", 4, CLASSES, (3, 32, 32), False, {})))
+    (tmp_path / "n").write_bytes(serialise_network(build("resnet18", 4), network_info()))
     command = [sys.executable, "-c", "from model_opt.cli import app; app()", "compile", str(tmp_path / "n"), "--data", str(tmp_path),
                "--images", "2", "--out", str(tmp_path / "o" / "m")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limited_disk)

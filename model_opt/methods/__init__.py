@@ -1,0 +1,61 @@
+"""ReLU-reduction methods on one interface: an all-ReLU teacher, a budget and data in, a network with partial activations out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from model_opt.data import Split
+from model_opt.datasets import Dataset
+from model_opt.methods import autorep, cost, deepreduce, senet, snl
+from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, count_all
+from model_opt.training import Recipe
+
+METHODS: dict[str, tuple[type[Any], Callable[[Task, Any], Reduced]]] = {
+    "autorep": (autorep.Options, autorep.reduce),
+    "snl": (snl.Options, snl.reduce),
+    "deepreduce": (deepreduce.Options, deepreduce.reduce),
+    "senet": (senet.Options, senet.reduce),
+    "cost": (cost.Options, cost.reduce),
+}
+
+
+def make_options(method: str, values: dict[str, Any]) -> Any:
+    """The method's options. Raises ValueError for an unknown method, name or value."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    kind = METHODS[method][0]
+    known = [f.name for f in fields(kind)]
+    if unknown := set(values) - set(known):
+        raise ValueError(f"{method} has no option {min(unknown)!r}; it has: {', '.join(known)}")
+    return kind(**values)
+
+
+def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Dataset | tuple[Split, Split], recipe: Recipe | None = None,
+           folder: Path = Path("runs/reduce"), distil: bool = True,
+           rebuild: Callable[[float, int], nn.Module] | None = None, **options: Any) -> Reduced:
+    """Reduce the ReLUs of a trained network to a budget.
+
+    Args:
+        model: all-ReLU network of nn.ReLU modules that torch.fx can trace; it is not changed.
+        method: of `METHODS`; `options` are its own, see the Options class in its module.
+        budget: ReLUs per image that may remain; the result never has more.
+        data: a data set, or training and validation images.
+        recipe: how to train; default 15 epochs with a peak rate of 0.05.
+        folder: for checkpoints and logs; an interrupted run with the same settings resumes from it.
+        rebuild: makes an untrained network of the same family from a width factor and a stem stride, for methods that reshape.
+
+    Raises BudgetError, DataError, TrainingError, ValueError.
+    """
+    chosen = make_options(method, options)
+    train, validation = data.load_train() if isinstance(data, Dataset) else data
+    check_budget(budget, count_all(model, train.shape))
+    task = Task(model, budget, train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
+    return METHODS[method][1](task, chosen)
+
+
+__all__ = ["METHODS", "BudgetError", "Reduced", "Task", "check_budget", "count_all", "make_options", "reduce"]

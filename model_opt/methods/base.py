@@ -1,0 +1,202 @@
+"""What the reduction methods share: the task, the budget, and masks learnt through gates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_opt.activation import RELU, PartialActivation, count_relus, partial_activations, replace_relus
+from model_opt.data import Split
+from model_opt.networks import activation_shapes
+from model_opt.training import Recipe, Stage
+
+
+class BudgetError(ValueError):
+    """The ReLU budget cannot be met. The message says why."""
+
+
+def count_all(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """ReLUs per image of a network of nn.ReLU modules. Raises BudgetError if there are none."""
+    total = sum(torch.Size(s).numel() for s in activation_shapes(model, input_shape, nn.ReLU).values())
+    if total == 0:
+        raise BudgetError("the network has no nn.ReLU module, so there is nothing to reduce; write its ReLUs as nn.ReLU")
+    return total
+
+
+def check_budget(budget: int, total: int) -> None:
+    """Raise BudgetError unless 0 <= budget <= total."""
+    if budget < 0:
+        raise BudgetError(f"the budget must not be negative, got {budget:,}")
+    if budget > total:
+        raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given.
+
+    teacher: all-ReLU network of nn.ReLU modules; it is not changed. budget: ReLUs per image that may remain.
+    recipe: its epochs are what the method may spend on training the result, searching included unless it says otherwise.
+    folder: for checkpoints and logs. distil: learn from the teacher's outputs too.
+    rebuild: makes an untrained network of the teacher's family from a width factor and a stem stride; None if unknown.
+    """
+
+    teacher: nn.Module
+    budget: int
+    train: Split
+    validation: Split
+    recipe: Recipe
+    folder: Path
+    distil: bool = True
+    rebuild: Callable[[float, int], nn.Module] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.train.shape
+
+    @property
+    def mentor(self) -> nn.Module | None:
+        """The teacher, if the student shall distil from it."""
+        return self.teacher if self.distil else None
+
+    def settings(self, options: Any) -> dict[str, Any]:
+        """What a resumed run must share: the budget and the method's options."""
+        return {"budget": self.budget, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
+
+    def student(self) -> nn.Module:
+        """A copy of the teacher with all-ReLU partial activations."""
+        return replace_relus(copy.deepcopy(self.teacher), self.shape)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a method returns: the network, its accuracy in float, and how its shape differs from the teacher's.
+
+    width_factor, stride: reshaping (DeepReDuce, SENet++). details: figures worth keeping. narrower: further widths (SENet++).
+    """
+
+    model: nn.Module
+    validation_accuracy: float
+    width_factor: float = 1.0
+    stride: int = 1
+    details: dict[str, Any] = field(default_factory=dict)
+    narrower: tuple[Reduced, ...] = ()
+
+    @property
+    def relus(self) -> int:
+        return count_relus(self.model)
+
+
+def split_epochs(recipe: Recipe, *fractions: float) -> list[int]:
+    """Epochs of consecutive stages by fractions of the recipe's, at least one each, the last taking what is left."""
+    parts = [max(round(recipe.epochs * fraction), 1) for fraction in fractions[:-1]]
+    return [*parts, max(recipe.epochs - sum(parts), 1)]
+
+
+def keep_largest(score: Tensor, cost: Tensor, budget: int) -> tuple[Tensor, float]:
+    """Which units to keep, by score, so that their cost stays within the budget; and the score of the first left out.
+
+    score, cost: (units,). The kept units are a prefix of the order by score.
+    """
+    order = score.sort(descending=True, stable=True)
+    within = int((cost[order.indices].cumsum(0) <= budget).sum())
+    keep = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, order.indices[:within], True)
+    return keep, float(order.values[within]) if within < len(score) else float("-inf")
+
+
+class GateStage(Stage):
+    """A stage that learns one gate per pixel or channel with Adam while SGD trains the weights.
+
+    Subclasses set `layer.gate` to what it shall start from and turn gates into masks.
+
+    Args:
+        granularity: "pixel", or "channel": all pixels of a channel share their gate.
+        lr: Adam's rate. freeze: fraction of the run after which the mask is fixed.
+    """
+
+    def __init__(self, model: nn.Module, budget: int, *, granularity: str, lr: float, freeze: float) -> None:
+        if granularity not in ("pixel", "channel"):
+            raise BudgetError(f"unknown granularity {granularity!r}; known: pixel, channel")
+        if not 0 < freeze <= 1:
+            raise BudgetError(f"freeze must lie in (0, 1], got {freeze}")
+        self.layers = list(partial_activations(model).values())
+        self.total = sum(layer.mask.numel() for layer in self.layers)
+        check_budget(budget, self.total)
+        self.budget, self.granularity, self.lr, self.freeze = budget, granularity, lr, freeze
+        self.optimiser: torch.optim.Adam | None = None
+
+    def gates(self) -> list[Tensor]:
+        """The gates, each of its layer's shape."""
+        return [layer.gate for layer in self.layers if layer.gate is not None]
+
+    def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
+        self.optimiser = torch.optim.Adam(self.gates(), lr=self.lr)
+        # in the main optimiser the gates have rate zero: it must know them, but Adam moves them
+        return [{"params": self.gates(), "scale": 0.0, "weight_decay": 0.0}]
+
+    def adapt(self) -> None:
+        """Change the gates' gradients before Adam's step."""
+
+    def update(self, progress: float) -> None:
+        """Turn gates into masks after Adam's step."""
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        assert self.optimiser is not None
+        if not self.gates() or not self.gates()[0].requires_grad:
+            return
+        self.adapt()
+        if self.granularity == "channel":
+            for gate in self.gates():
+                if gate.grad is not None and gate.dim() == 3:
+                    gate.grad.copy_(gate.grad.sum((1, 2), keepdim=True).expand_as(gate))
+        self.optimiser.step()
+        self.update(progress)
+        if progress >= self.freeze:
+            for gate in self.gates():
+                gate.requires_grad_(False)
+                gate.grad = None
+
+    def units(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """One value and the number of ReLUs for each unit of all layers: a pixel or a channel."""
+        if self.granularity == "pixel":
+            flat = torch.cat([v.flatten() for v in values])
+            return flat, torch.ones_like(flat, dtype=torch.int64)
+        flat = torch.cat([v.flatten(1)[:, 0] for v in values])
+        return flat, torch.cat([torch.full((len(v),), v[0].numel(), device=v.device) for v in values])
+
+    def apply(self, keep: Tensor) -> None:
+        """Set the masks from one decision per unit."""
+        sizes = [layer.mask.numel() if self.granularity == "pixel" else len(layer.mask) for layer in self.layers]
+        for layer, part in zip(self.layers, keep.split(sizes)):
+            shaped = part.view(layer.mask.shape) if self.granularity == "pixel" else part.view(layer.channels)
+            layer.mask.copy_(torch.where(shaped, RELU, layer.replacement))
+
+    def status(self) -> dict[str, float]:
+        return {"relus": sum(layer.count(RELU) for layer in self.layers)}
+
+    def state(self) -> dict[str, Any]:
+        assert self.optimiser is not None
+        return self.optimiser.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        assert self.optimiser is not None
+        self.optimiser.load_state_dict(state)
+
+    def finish(self) -> None:
+        """Drop the gates; the masks stay."""
+        for layer in self.layers:
+            layer.gate, layer.soft_gate = None, False
+
+
+def set_gates(layers: list[PartialActivation], start: Callable[[Tensor], Tensor], soft: bool) -> None:
+    """Give every layer a trainable gate of its mask's shape."""
+    for layer in layers:
+        layer.gate = nn.Parameter(start(layer.mask.float()))
+        layer.soft_gate = soft

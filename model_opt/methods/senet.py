@@ -1,0 +1,233 @@
+"""SENet: allocate ReLUs to layers by sensitivity, to pixels by activation mismatch (Kundu et al., ICLR 2023, arXiv 2301.09254).
+
+Three stages: (1) the sensitivity of a layer's ReLUs is 1 - the density its weights keep when the teacher is pruned; the budget is
+split in proportion. (2) A student with masked ReLUs learns from the teacher; after every epoch each layer's mask becomes the pixels at
+which student and teacher activations differ most. (3) The mask is fixed; the fine-tuning loss adds the mismatch of attention maps at the
+end of each stage of the network (PRAM). SENet++ trains several widths in one network: `model_opt.methods.slimmable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model_opt.activation import IDENTITY, RELU, partial_activations
+from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, split_epochs
+from model_opt.methods.features import Recorder, stages, weights_before
+from model_opt.methods.slimmable import Slimming, extract, make_slimmable
+from model_opt.training import NORM_IMAGES, Stage, fit
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of SENet. density: of the pruned teacher. prune, search: fractions of the epochs for stages 1 and 2.
+
+    granularity: "pixel" or "channel". gamma, alpha: weights of cross entropy and distillation in stage 3; stage 2 weighs them equally.
+    beta: weight of the PRAM loss. tune_lr: peak rate of stage 3, as a fraction of the recipe's.
+    widths: narrower widths to train along in stage 3, such as (0.5,): SENet++.
+    """
+
+    density: float = 0.1
+    prune: float = 0.1
+    search: float = 0.4
+    granularity: str = "pixel"
+    gamma: float = 0.1
+    alpha: float = 0.5
+    beta: float = 1000.0
+    tune_lr: float = 0.5
+    widths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("pixel", "channel"):
+            raise ValueError(f"unknown granularity {self.granularity!r}; known: pixel, channel")
+        if not 0 < self.density < 1:
+            raise ValueError(f"density must lie in (0, 1), got {self.density}")
+        if any(not 0 < width < 1 for width in self.widths):
+            raise ValueError(f"widths must lie in (0, 1), got {self.widths}")
+
+
+def allocate(budget: int, sensitivity: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """Split a budget over layers in proportion to sensitivity; what exceeds a layer's size goes to the others.
+
+    The result sums to min(budget, sum(sizes)) at most, and never exceeds it.
+    """
+    check_budget(budget, sum(sizes))
+    share, open_layers, rest = [0.0] * len(sizes), [i for i in range(len(sizes)) if sensitivity[i] > 0], float(budget)
+    while open_layers:
+        total = sum(sensitivity[i] for i in open_layers)
+        full = [i for i in open_layers if rest * sensitivity[i] / total >= sizes[i]]
+        if not full:
+            for i in open_layers:
+                share[i] = rest * sensitivity[i] / total
+            break
+        for i in full:
+            share[i] = sizes[i]
+            rest -= sizes[i]
+        open_layers = [i for i in open_layers if i not in full]
+    counts = [int(s + 1e-9) for s in share]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: counts[i] - share[i])
+    for i in by_remainder[: max(min(budget, round(sum(share))) - sum(counts), 0)]:
+        counts[i] += 1
+    return counts
+
+
+class Pruning(Stage):
+    """Global magnitude pruning of all kernels and matrices while training: density falls to the target by mid-run."""
+
+    EVERY = 20
+
+    def __init__(self, density: float) -> None:
+        self.density, self.steps = density, 0
+        self.weights: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
+
+    def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
+        self.weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        return []
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        if self.steps % self.EVERY == 0 or progress >= 1:
+            kept = self.density + (1 - self.density) * max(1 - 2 * progress, 0.0) ** 3
+            sizes = torch.cat([w.abs().flatten() for w in self.weights.values()])
+            threshold = sizes.kthvalue(max(int((1 - kept) * len(sizes)), 1)).values
+            self.masks = {name: w.abs() > threshold for name, w in self.weights.items()}
+        self.steps += 1
+        for name, mask in self.masks.items():
+            self.weights[name].mul_(mask)
+
+    def densities(self) -> dict[str, float]:
+        """Share of each layer's weights that survive."""
+        return {name: float((w != 0).float().mean()) for name, w in self.weights.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self.masks = {name: w.detach() != 0 for name, w in self.weights.items()}
+
+
+def sensitivities(task: Task, options: Options, epochs: int) -> list[float]:
+    """ReLU sensitivity of each activation, in order: 1 - density of the layer before it in the pruned teacher."""
+    pruned, stage = deepcopy(task.teacher), Pruning(options.density)
+    fit(pruned, task.train, task.validation, replace(task.recipe, epochs=epochs, lr=task.recipe.lr * options.tune_lr),
+        task.folder / "prune", teacher=task.mentor, stage=stage, label="senet prune",
+        settings=task.settings(options))
+    kept = stage.densities()
+    return [1 - kept[name] if name else 0.0 for name in weights_before(task.teacher, task.shape).values()]
+
+
+class Mismatch(Stage):
+    """Stage 2: masks follow the mismatch of activations. counts: ReLUs of each layer."""
+
+    def __init__(self, student: nn.Module, counts: list[int], granularity: str, seed: int) -> None:
+        self.layers = partial_activations(student)
+        self.counts, self.granularity = counts, granularity
+        self.sums: dict[str, Tensor] = {}
+        self.changed = 0.0
+        generator = torch.Generator().manual_seed(seed)
+        for layer, count in zip(self.layers.values(), counts):  # the first masks are random, the same for all channels
+            layer.replacement = IDENTITY
+            pixels = layer.mask[0].numel()
+            chosen = torch.rand(pixels, generator=generator).argsort()[: count // len(layer.mask)]
+            layer.mask.fill_(IDENTITY)
+            layer.mask.view(len(layer.mask), -1)[:, chosen] = RELU
+
+    def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
+        if teacher is None:
+            raise BudgetError("SENet compares activations with the teacher's and cannot do without distillation")
+        self.mine, self.theirs = Recorder(model, list(self.layers)), Recorder(teacher, list(self.layers))
+        return []
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        for name in self.layers:
+            gap = (self.theirs.outputs[name] - self.mine.outputs[name]).abs().float().sum(0)
+            self.sums[name] = self.sums[name] + gap if name in self.sums else gap
+
+    @torch.no_grad()
+    def after_epoch(self) -> None:
+        moved = 0
+        for (name, layer), count in zip(self.layers.items(), self.counts):
+            score = self.sums[name]
+            keep = torch.zeros(layer.mask.numel(), dtype=torch.bool, device=layer.mask.device)
+            if self.granularity == "channel":
+                keep = keep.view(len(layer.mask), -1)
+                keep[score.flatten(1).sum(1).argsort(descending=True)[: count // keep.shape[1]]] = True
+            else:
+                keep[score.flatten().argsort(descending=True)[:count]] = True
+            fresh = torch.where(keep.view(layer.mask.shape), RELU, IDENTITY).to(layer.mask.dtype)
+            moved += int((fresh != layer.mask).sum())
+            layer.mask.copy_(fresh)
+        self.changed = moved / sum(layer.mask.numel() for layer in self.layers.values())
+        self.sums = {}
+
+    def status(self) -> dict[str, float]:
+        return {"relus": sum(layer.count(RELU) for layer in self.layers.values()), "mask_change": round(self.changed, 5)}
+
+    def end(self) -> None:
+        if hasattr(self, "mine"):
+            self.mine.close()
+            self.theirs.close()
+
+
+def attention(features: Tensor) -> Tensor:
+    """Normalised attention map of (N, C, H, W) features: mean of squares over the channels, (N, H W), of unit length."""
+    return nn.functional.normalize(features.float().square().mean(1).flatten(1), dim=1)
+
+
+class Pram(Stage):
+    """Stage 3: beta times the sum over the network's stages of the mean squared difference of attention maps."""
+
+    def __init__(self, ends: list[str], beta: float) -> None:
+        self.ends, self.beta = ends, beta
+
+    def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
+        assert teacher is not None
+        self.mine, self.theirs = Recorder(model, self.ends), Recorder(teacher, self.ends)
+        return []
+
+    def loss(self) -> Tensor:
+        gaps = [(attention(self.mine.outputs[n]) - attention(self.theirs.outputs[n])).square().mean() for n in self.ends]
+        return self.beta * torch.stack(gaps).sum()
+
+    def end(self) -> None:
+        if hasattr(self, "mine"):
+            self.mine.close()
+            self.theirs.close()
+
+
+def reduce(task: Task, options: Options) -> Reduced:
+    """SENet on the task's teacher. Raises BudgetError, TrainingError."""
+    if not task.distil:
+        raise BudgetError("SENet compares activations with the teacher's and cannot do without distillation")
+    prune, search, tune = split_epochs(task.recipe, options.prune, options.search, 1)
+    student = task.student()
+    layers = partial_activations(student).values()
+    sensitivity = sensitivities(task, options, prune)
+    counts = allocate(task.budget, sensitivity, [layer.mask.numel() for layer in layers])
+    for layer in layers:
+        layer.freeze()
+    recipe = replace(task.recipe, hard_weight=0.5, soft_weight=0.5)
+    fit(student, task.train, task.validation, replace(recipe, epochs=search), task.folder / "search", teacher=task.teacher,
+        stage=Mismatch(student, counts, options.granularity, recipe.seed), label="senet search", settings=task.settings(options))
+    tuning = replace(recipe, epochs=tune, lr=recipe.lr * options.tune_lr, hard_weight=options.gamma, soft_weight=options.alpha)
+    images = {name for name, layer in partial_activations(student).items() if layer.mask.dim() == 3}
+    stage: Stage = Pram([names[-1] for names in stages(student, task.shape) if names[-1] in images], options.beta)
+    if options.widths:
+        make_slimmable(student, options.widths)
+        stage = Slimming(stage, options.widths, recipe.temperature)
+    score = fit(student, task.train, task.validation, tuning, task.folder / "tune", teacher=task.teacher, stage=stage,
+                label="senet tune", settings=task.settings(options))
+    details = {"sensitivity": [round(s, 5) for s in sensitivity], "relus_per_layer": counts}
+    if not options.widths:
+        return Reduced(student, score, details=details)
+    sample = task.train[:NORM_IMAGES]
+    narrower = tuple(extract(student, task, width, sample) for width in options.widths)
+    return replace(extract(student, task, 1.0, sample), details=details, narrower=narrower)

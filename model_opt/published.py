@@ -1,0 +1,35 @@
+"""Published results, for reference marks in plots and tables: CIFAR-10, test accuracy in percent at a number of ReLUs.
+
+From papers' abstracts, authors' code and later papers' tables. They report the best epoch on the test set; ours is the last
+epoch, chosen on validation images. "replacement" is what a removed ReLU becomes: identities are free in private
+inference, a degree-2 polynomial costs one square, so rows of different kinds are not alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """One published point."""
+
+    method: str
+    replacement: str
+    relus: int
+    accuracy: float
+
+
+def _points(method: str, replacement: str, text: str) -> list[Result]:
+    pairs = [pair.split() for pair in text.split(",")]
+    return [Result(method, replacement, round(float(k) * 1000), float(a)) for k, a in pairs]
+
+
+CIFAR10 = [
+    *_points("AutoReP", "degree 2", "12.9 94.31"),
+    *_points("SNL", "identity", "12.9 88.23, 25 90.88, 49.4 92.27, 99.9 93.50, 150 94.26, 300 95.06"),
+    *_points("DeepReDuce", "identity", "36 88.5, 70 90.0, 114 92.7, 221.5 94.07"),
+    *_points("SENet", "identity", "49.1 93.6, 82 93.05, 150 94.91"),
+    *_points("ReLUPruner", "identity", "6 87.82, 12.9 90.12, 50 94.02, 150 95.07"),
+]
+"""arXiv 2308.10134, 2202.02340, 2103.01396, 2301.09254, and ReLUPruner (AAAI 2026)."""

@@ -1,0 +1,325 @@
+"""ReLU reduction: every method keeps its budget, learns, resumes, compiles; the parts behave as their papers say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus
+from model_opt.compiler import compile_model
+from model_opt.files import load_network, serialise_network
+from model_opt.methods import BudgetError, Reduced, Task, check_budget, make_options, reduce
+from model_opt.methods.autorep import AutoRep, Options
+from model_opt.methods.base import keep_largest, split_epochs
+from model_opt.methods.cost import CostModel, drop_layers
+from model_opt.methods.deepreduce import Shape, shaped
+from model_opt.methods.features import stages, weights_before
+from model_opt.methods.senet import Pruning, allocate, attention
+from model_opt.methods.slimmable import make_slimmable, set_factor
+from model_opt.methods.snl import Options as SnlOptions
+from model_opt.methods.snl import Snl
+from model_opt.networks import build
+from model_opt.training import Recipe, TrainingError, accuracy, fit
+from protocol.inference import infer
+from protocol.links import LINKS
+from protocol.simulation import simulate
+from tests.samples import MEAN, STD, learnable, network_info
+
+TRAIN, VALIDATION = learnable(320), learnable(100)
+SHORT = Recipe(epochs=3, batch=32, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    torch.manual_seed(0)
+    model = build("resnet18", 4)
+    assert fit(model, TRAIN, VALIDATION, Recipe(epochs=3, batch=32, lr=0.05), tmp_path_factory.mktemp("teacher")) > 0.4
+    return model
+
+
+def rebuild(factor: float, stride: int) -> nn.Module:
+    return build("resnet18", round(4 * factor), stride=stride)
+
+
+def run(teacher: nn.Module, method: str, folder: Path, budget: int = 3000, **options: Any) -> Reduced:
+    return reduce(teacher, method=method, budget=budget, data=(TRAIN, VALIDATION), recipe=SHORT, folder=folder, rebuild=rebuild, **options)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "autorep": ("autorep", {}, SQUARE),
+    "autorep-degree1": ("autorep", {"degree": 1}, LINEAR),
+    "autorep-degree0": ("autorep", {"degree": 0}, IDENTITY),
+    "autorep-published": ("autorep", {"c2": "channel", "released": True, "scale_x2": 2.0, "clip_x2": 1.0, "penalty": 80.0}, SQUARE),
+    "autorep-channel": ("autorep", {"granularity": "channel", "frozen": True}, SQUARE),
+    "snl": ("snl", {}, IDENTITY),
+    "senet": ("senet", {}, IDENTITY),
+    "deepreduce": ("deepreduce", {}, IDENTITY),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_keeps_its_budget_and_runs_privately(case: str, teacher: nn.Module, tmp_path: Path) -> None:
+    method, options, replacement = CASES[case]
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    result = run(teacher, method, tmp_path, **options)
+    assert 0 < result.relus <= 3000
+    assert result.validation_accuracy > 0.15
+    masks = [layer.mask for layer in partial_activations(result.model).values()]
+    assert {int(v) for mask in masks for v in mask.unique()} <= {RELU, replacement}
+    assert not any(name.endswith("gate") for name in result.model.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    # the file gives the same network back, and it compiles to what private inference computes
+    info = network_info(width=round(4 * result.width_factor), partial=True, stride=result.stride)
+    (tmp_path / "n").write_bytes(serialise_network(result.model, info))
+    again, _ = load_network(tmp_path / "n")
+    assert count_relus(again) == result.relus
+    assert accuracy(again, VALIDATION) == result.validation_accuracy
+    x = VALIDATION[:2].normalised()
+    for eight_bits in (False, True):
+        model = compile_model(again, x, name="m", classes=(), mean=MEAN, std=STD, eight_bits=eight_bits)
+        assert model.public.relus == result.relus
+        fixed = simulate(model, x.double())
+        assert torch.allclose(fixed, again(x).double(), atol=0.5 if eight_bits else 0.05)
+        assert torch.allclose(infer(model, x.double()).logits, fixed, atol=0.01)
+
+
+def test_a_finished_run_is_not_repeated(teacher: nn.Module, tmp_path: Path) -> None:
+    """Resume of both stages of a method: same network, and no further epoch in the log."""
+    first = run(teacher, "snl", tmp_path)
+    logs = {p: p.read_text() for p in tmp_path.rglob("log.csv")}
+    assert len(logs) == 2
+    again = run(teacher, "snl", tmp_path)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in first.model.state_dict().items())
+    assert all(p.read_text() == text for p, text in logs.items())
+    with pytest.raises(TrainingError, match=r"other settings \(budget\)"):
+        run(teacher, "snl", tmp_path, budget=2000)
+
+
+def test_a_network_without_a_registry_entry(tmp_path: Path) -> None:
+    """Any network of nn.ReLU modules that torch.fx can trace."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16),
+                        nn.ReLU(), nn.Linear(16, 10))
+    for method in ("autorep", "snl", "senet", "deepreduce"):
+        result = reduce(own, method=method, budget=700, data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path / method)
+        assert result.relus <= 700, method
+    pairs = {"1": "0", "3": "2", "6": "5"}
+    assert weights_before(own, (3, 32, 32)) == pairs
+
+
+def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path) -> None:
+    for budget, reason in ((-1, "negative"), (10**9, "exceeds the network's 34,816")):
+        with pytest.raises(BudgetError, match=reason):
+            run(teacher, "autorep", tmp_path, budget=budget)
+    with pytest.raises(BudgetError, match=r"no nn.ReLU"):
+        reduce(nn.Sequential(nn.Conv2d(3, 4, 3)), budget=0, data=(TRAIN, VALIDATION), folder=tmp_path)
+    with pytest.raises(BudgetError, match="no combination"):
+        run(teacher, "deepreduce", tmp_path, budget=5)
+    for options, reason in (({"degree": 3}, "degree must be"), ({"nothing": 1}, "no option 'nothing'"),
+                            ({"released": True}, "c2 per channel"), ({"c2": "pixel"}, "layer or channel")):
+        with pytest.raises(ValueError, match=reason):
+            make_options("autorep", options)
+    with pytest.raises(ValueError, match="unknown method"):
+        make_options("magic", {})
+    check_budget(0, 4096)
+
+
+def test_budget_zero(teacher: nn.Module, tmp_path: Path) -> None:
+    assert run(teacher, "autorep", tmp_path, budget=0).relus == 0
+
+
+# --- AutoReP ------------------------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return replace_relus(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 10)), (3, 32, 32))
+
+
+def step(stage: AutoRep, progress: float, gradient: float | None = None) -> None:
+    for gate in stage.gates():
+        gate.grad = torch.randn_like(gate) if gradient is None else torch.full_like(gate, gradient)
+    stage.after_step(progress)
+
+
+@pytest.mark.parametrize("granularity", ["pixel", "channel"])
+def test_schedule_ends_at_the_budget_and_never_exceeds_it(granularity: str) -> None:
+    model = small()
+    stage = AutoRep(model, 1100, Options(freeze=0.5, granularity=granularity))
+    stage.begin(model, None)
+    counts = []
+    for i in range(1, 41):
+        step(stage, i / 40)
+        counts.append(count_relus(model))
+        assert counts[-1] <= stage.scheduled(i / 40)
+    assert counts[19:] == [counts[19]] * 21  # frozen
+    assert counts[19] == (1100 if granularity == "pixel" else 1024)
+    stage.finish()
+    layer = partial_activations(model)["1"]
+    assert layer.gate is None
+    if granularity == "channel":
+        assert all(len(channel.unique()) == 1 for channel in layer.mask)
+
+
+def test_hysteresis() -> None:
+    model = small()
+    stage = AutoRep(model, 4096, Options(threshold=0.01))
+    stage.begin(model, None)
+    (layer,), (gate,) = stage.layers, stage.gates()
+    # a ReLU stays one down to -t, a square stays one up to t
+    for value, relus in ((-0.005, 4096), (-0.015, 0), (0.005, 0), (0.015, 4096)):
+        gate.data.fill_(value)
+        stage.update(0.0)
+        assert layer.count(RELU) == relus
+
+
+def test_published_penalty_pushes_until_the_budget() -> None:
+    model = small()
+    stage = AutoRep(model, 100, Options(penalty=50.0, freeze=1.0))
+    stage.begin(model, None)
+    (gate,) = stage.gates()
+    step(stage, 0.1, 0.0)
+    assert torch.allclose(gate.grad, 50 / 4096 * nn.functional.softplus(gate), rtol=0.01)  # type: ignore[arg-type]
+    stage.layers[0].mask.fill_(SQUARE)
+    step(stage, 0.2, 0.0)
+    assert not bool(gate.grad.any())  # type: ignore[union-attr]  # below the budget nothing pushes
+
+
+def test_units_are_kept_by_score_within_their_cost() -> None:
+    keep, cut = keep_largest(torch.tensor([0.1, 0.9, 0.5, 0.3]), torch.tensor([1, 4, 4, 1]), 8)
+    assert keep.tolist() == [False, True, True, False]
+    assert cut == pytest.approx(0.3)
+    assert split_epochs(Recipe(epochs=10), 0.1, 0.4, 1) == [1, 4, 5]
+    assert split_epochs(Recipe(epochs=1), 0.1, 0.4, 1) == [1, 1, 1]
+
+
+# --- SNL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_snl_raises_lambda_while_the_count_stays() -> None:
+    model = small()
+    stage = Snl(model, 100, SnlOptions())
+    stage.begin(model, None)
+    assert float(stage.loss().detach()) == pytest.approx(1e-5 * 4096)
+    for i in range(1, 11):
+        stage.update(i / 100)
+    assert stage.penalty == pytest.approx(1e-5 * 1.1**10)
+    stage.gates()[0].data.zero_()[:1] = 0.5
+    stage.update(0.11)
+    assert stage.penalty == pytest.approx(1e-5 * 1.1**10)  # below the path: no growth
+    stage.binarise()
+    assert count_relus(model) == 100
+
+
+# --- SENet --------------------------------------------------------------------------------------------------------------
+
+ETA = (0.00572, 0.01854, 0.02129, 0.02506, 0.02758, 0.03549, 0.04884, 0.05102, 0.05568, 0.06739, 0.08143, 0.08277, 0.08623, 0.0941,
+       0.0990, 0.0999, 0.1000)
+"""Normalised sensitivities of ResNet-18 behind the per-layer lists that RLNet's authors published."""
+
+
+def test_allocation_clips_and_redistributes() -> None:
+    sizes = [65_536] * 5 + [32_768] * 4 + [16_384] * 4 + [8_192] * 4
+    counts = allocate(100_000, ETA, sizes)
+    assert sum(counts) == 100_000
+    assert all(c <= s for c, s in zip(counts, sizes))
+    assert counts[-4:] == [8_192] * 4  # the last layers are full
+    free = [c / e for c, e in zip(counts[:13], ETA)]
+    assert max(free) / min(free) < 1.01  # the rest is in proportion
+    assert allocate(sum(sizes), ETA, sizes) == sizes
+    assert allocate(0, ETA, sizes) == [0] * 17
+
+
+def test_pruning_reaches_its_density(teacher: nn.Module, tmp_path: Path) -> None:
+    from copy import deepcopy
+
+    pruned, stage = deepcopy(teacher), Pruning(0.1)
+    fit(pruned, TRAIN, VALIDATION, replace(SHORT, epochs=2), tmp_path, stage=stage)
+    weights = [m.weight for m in pruned.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights) == pytest.approx(0.1, abs=0.002)
+    assert set(stage.densities()) == {n for n, m in teacher.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def test_attention_maps_have_unit_length() -> None:
+    maps = attention(torch.randn(3, 8, 4, 4))
+    assert maps.shape == (3, 16)
+    assert torch.allclose(maps.norm(dim=1), torch.ones(3))
+
+
+def test_stages_are_those_of_the_literature() -> None:
+    groups = stages(build("resnet18", 4), (3, 32, 32))
+    assert [len(names) for names in groups] == [5, 4, 4, 4]
+    assert groups[0][0] == "relu"
+    assert groups[-1][-1] == "blocks.7.relu2"
+
+
+def test_senet_plus_plus_gives_a_network_for_each_width(teacher: nn.Module, tmp_path: Path) -> None:
+    result = run(teacher, "senet", tmp_path, widths=(0.5,))
+    (narrow,) = result.narrower
+    assert 0 < narrow.relus < result.relus <= 3000
+    assert narrow.model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    wide, small_ = (r.model.state_dict()["blocks.3.conv1.weight"] for r in (result, narrow))
+    assert torch.equal(wide[: len(small_), : small_.shape[1]], small_)  # shared weights, the first channels
+    assert not torch.equal(result.model.state_dict()["bn1.weight"][:2], narrow.model.state_dict()["bn1.weight"])
+
+
+def test_full_width_of_a_slimmable_network_is_the_network(teacher: nn.Module) -> None:
+    from copy import deepcopy
+
+    slim = deepcopy(teacher).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = slim(x)
+    make_slimmable(slim, (0.5,))
+    assert torch.equal(slim.eval()(x), expected)
+    set_factor(slim, 0.5)
+    assert not torch.equal(slim(x), expected)
+
+
+# --- DeepReDuce ---------------------------------------------------------------------------------------------------------
+
+
+def test_published_counts_identify_configurations(teacher: nn.Module) -> None:
+    """ResNet-18's counts in the literature, here at a sixteenth: width 4 instead of 64."""
+    task = Task(teacher, 0, TRAIN, VALIDATION, SHORT, Path(), rebuild=rebuild)
+    for count, shape in ((229_376, Shape((1, 2, 3), False, 1.0, 1)), (196_608, Shape((1, 2), False, 1.0, 1)),
+                         (114_688, Shape((1, 2, 3), True, 1.0, 1)), (57_344, Shape((1, 2, 3), False, 1.0, 2)),
+                         (28_672, Shape((1, 2, 3), True, 1.0, 2)), (12_288, Shape((2, 3), True, 1.0, 2)),
+                         (12_288, Shape((1, 2), True, 0.5, 2))):
+        assert count_relus(shaped(task, shape)) * 16 == count
+
+
+# --- cost-aware ---------------------------------------------------------------------------------------------------------
+
+
+def test_link_decides_what_to_drop(teacher: nn.Module) -> None:
+    task = Task(teacher, 10**9, TRAIN, VALIDATION, SHORT, Path())
+    pixels = 34_816
+
+    def plan(link: str, target_ms: float) -> tuple[list[str], int, CostModel]:
+        cost = CostModel(LINKS[link], 0.010, 1e-6, 3072, 10)
+        return *drop_layers(task, cost, target_ms / 1000), cost
+
+    dropped, relus, _ = plan("loopback", 20)
+    assert (dropped, relus) == ([], 10_000)  # no round trip to save: ReLUs fill what compute leaves
+    dropped, relus, cost = plan("wan", 600)
+    assert len(dropped) == 11  # 600 ms hold seven round trips of 80 ms
+    kept = pixels - sum(layer.mask.numel() for name, layer in partial_activations(task.student()).items() if name in dropped)
+    assert 0.55 < cost.seconds(6, kept, relus) <= 0.6
+    with pytest.raises(BudgetError, match="raise target_ms"):
+        plan("wan", 50)
+
+
+def test_cost_aware_reduction(teacher: nn.Module, tmp_path: Path) -> None:
+    result = run(teacher, "cost", tmp_path, budget=34_816, target_ms=500.0, link="wan")
+    assert result.details["predicted_ms"] <= 500
+    layers = partial_activations(result.model)
+    assert all(layers[name].count(LINEAR) == layers[name].mask.numel() for name in result.details["dropped"])
+    model = compile_model(result.model, VALIDATION[:2].normalised(), name="m", classes=(), mean=MEAN, std=STD)
+    assert len(model.public.masks) == 17 - len(result.details["dropped"])
+    with pytest.raises(BudgetError, match="needs target_ms"):
+        run(teacher, "cost", tmp_path)

@@ -1,0 +1,198 @@
+"""The training loop: learning, exact resume, schedules, several processes, and clear failures."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import model_opt.training as module
+from model_opt.files import NetworkFileError, load_network, serialise_network
+from model_opt.networks import build
+from model_opt.training import Recipe, TrainingError, distillation_loss, fit, reestimate_norms
+from tests.samples import learnable, network_info
+
+
+def test_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
+    train, validation = learnable(320), learnable(100)
+    recipe = Recipe(epochs=4, batch=32, lr=0.05)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return build("resnet18", 4)
+
+    whole = model()
+    score = fit(whole, train, validation, recipe, tmp_path / "whole")
+    assert score > 0.3
+
+    class Killed(Exception):
+        pass
+
+    original, calls = module.accuracy, []
+
+    def dies(*args: object) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return original(*args)  # type: ignore[arg-type]
+
+    halved = model()
+    module.accuracy = dies  # type: ignore[assignment]
+    try:
+        with pytest.raises(Killed):
+            fit(halved, train, validation, recipe, tmp_path / "halved")
+    finally:
+        module.accuracy = original
+    resumed = model()
+    assert fit(resumed, train, validation, recipe, tmp_path / "halved") == score
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    assert len((tmp_path / "halved" / "log.csv").read_text().splitlines()) == 5
+    with pytest.raises(TrainingError, match=r"other settings \(lr\)"):
+        fit(model(), train, validation, Recipe(epochs=4, batch=32, lr=0.06), tmp_path / "halved")
+
+
+def test_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"junk")
+    with pytest.raises(TrainingError, match="no readable checkpoint"):
+        fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+
+
+def test_nan_stops_with_the_step(tmp_path: Path) -> None:
+    model = build("resnet18", 4)
+    with torch.no_grad():
+        model.fc.bias.fill_(math.nan)
+    with pytest.raises(TrainingError, match="nan at step 0"):
+        fit(model, learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+
+
+def test_norms_are_averages_of_the_sample() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    sample = learnable(200)
+    reestimate_norms(model, sample, batch=100)
+    norm = model[0]
+    assert torch.allclose(norm.running_mean, sample.normalised().mean((0, 2, 3)), atol=1e-4)
+    assert norm.momentum == 0.1
+    assert not model.training
+
+
+def test_distillation_is_zero_for_equal_logits() -> None:
+    logits = torch.randn(5, 10)
+    assert float(distillation_loss(logits, logits, 4.0)) == pytest.approx(0, abs=1e-6)
+    assert float(distillation_loss(logits, logits.flip(1), 4.0)) > 0
+
+
+@pytest.mark.parametrize(("schedule", "first"), [("one-cycle", 0.0), ("cosine", 0.2)])
+def test_schedules(schedule: str, first: float) -> None:
+    recipe = Recipe(epochs=1, lr=0.2, schedule=schedule, warmup=0.25)
+    rates = [recipe.rate(i / 100) for i in range(101)]
+    assert rates[0] == pytest.approx(first, abs=0.005)
+    assert max(rates) == pytest.approx(0.2, abs=1e-3)
+    assert rates[-1] == pytest.approx(0)
+    with pytest.raises(ValueError, match="unknown schedule"):
+        Recipe(epochs=1, schedule="stairs")
+
+
+def test_images_grow() -> None:
+    recipe = Recipe(epochs=1, start_size=16)
+    sizes = [recipe.image_size(i / 100, 32) for i in range(101)]
+    assert sizes[0] == 16
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {16, 20, 24, 28, 32}
+    assert sizes[80] == 32
+    assert Recipe(epochs=1).image_size(0, 32) == 32
+
+
+def test_small_images_first_trains_and_ends_at_full_size(tmp_path: Path) -> None:
+    seen: list[int] = []
+    model = build("resnet18", 4)
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[-1]) if m.training else None)
+    fit(model, learnable(320), learnable(50), Recipe(epochs=2, batch=32, lr=0.05, start_size=16), tmp_path)
+    assert seen[0] == 16
+    assert seen[-1] == 32
+
+
+def test_ema_takes_the_weights_place(tmp_path: Path) -> None:
+    def run(ema: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = build("resnet18", 4)
+        fit(model, learnable(320), learnable(50), Recipe(epochs=2, batch=32, lr=0.05, ema=ema), tmp_path / str(ema))
+        return model
+
+    plain, averaged = run(0.0), run(0.9)
+    assert not torch.equal(plain.fc.weight, averaged.fc.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.allclose(plain.fc.weight, averaged.fc.weight, atol=0.05)  # type: ignore[union-attr,arg-type]
+    with pytest.raises(ValueError, match="ema"):
+        Recipe(epochs=1, ema=1.0)
+
+
+def test_shortages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match="fewer than one batch"):
+        fit(build("resnet18", 4), learnable(20), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+
+    def exhausted(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "distillation_loss", exhausted)
+        with pytest.raises(TrainingError, match=r"out of memory at a batch of 32 images; use a smaller --batch"):
+            fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path, teacher=build("resnet18", 4))
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(TrainingError, match="MiB free"):
+        fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+
+
+def test_several_processes_train_one_model(tmp_path: Path) -> None:
+    """torchrun with two processes on the CPU: both end with the same weights, the first writes the log."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from model_opt.networks import build\nfrom model_opt.training import Recipe, fit, world\n"
+        "from tests.samples import learnable\ntorch.manual_seed(0)\ntorch.set_num_threads(1)\nmodel = build('resnet18', 4)\n"
+        "score = fit(model, learnable(320), learnable(100), Recipe(epochs=3, batch=32, lr=0.05), Path(sys.argv[1]))\n"
+        "total = sum(float(p.double().abs().sum()) for p in model.parameters())\n"
+        "Path(sys.argv[1], f'rank{world()[0]}').write_text(f'{total!r} {score}')\n"
+        "torch.distributed.destroy_process_group()\n")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root,
+                          env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    first, second = (tmp_path / "rank0").read_text(), (tmp_path / "rank1").read_text()
+    assert first == second
+    assert float(first.split()[1]) > 0.2
+    with (tmp_path / "log.csv").open() as log:
+        assert len(list(csv.DictReader(log))) == 3
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(32, 0.0), (16, 1e-3), (8, 0.02)])
+def test_network_files(tmp_path: Path, bits: int, tolerance: float) -> None:
+    torch.manual_seed(0)
+    model = build("resnet18", 4).eval()
+    data = serialise_network(model, network_info(), bits)
+    (tmp_path / "n").write_bytes(data)
+    again, info = load_network(tmp_path / "n")
+    assert info == network_info()
+    x = torch.randn(4, 3, 32, 32)
+    expected = model(x)
+    assert float((again(x) - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
+    assert len(data) < (70_000 if bits == 8 else 300_000)
+
+
+def test_damaged_network_files(tmp_path: Path) -> None:
+    with pytest.raises(NetworkFileError, match="does not exist"):
+        load_network(tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"x" * 100)
+    with pytest.raises(NetworkFileError, match="damaged"):
+        load_network(tmp_path / "x")
+    (tmp_path / "x").write_bytes(serialise_network(build("resnet18", 4), network_info(width=5)))
+    with pytest.raises(NetworkFileError, match="damaged or of another version"):
+        load_network(tmp_path / "x")
