@@ -6,6 +6,6 @@ import os
 # online latency fell by 20% and preprocessing by 25% on two cores. Only effective before PyTorch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-from client.api import Client, Prediction
+from client.api import Client, ModelSummary, Prediction, list_models
 
-__all__ = ["Client", "Prediction"]
+__all__ = ["Client", "ModelSummary", "Prediction", "list_models"]

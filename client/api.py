@@ -32,7 +32,7 @@ from protocol.online import online_client
 from protocol.plan import Plan, make_plan, weight_shapes
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
-from protocol.transport import RequestQueue, connect, next_message, translate
+from protocol.transport import RequestQueue, Security, connect, next_message, translate
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -45,6 +45,7 @@ from protocol.wire import (
 )
 
 Reply = TypeVar("Reply")
+FETCH_TRIES, FETCH_PAUSE_S = 5, 0.2
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ class Prediction:
     index: int
     label: str
     logits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model that a server offers. relus: per image. classes: how many. input_shape: of one image."""
+
+    name: str
+    model_id: str
+    relus: int
+    classes: int
+    input_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,17 @@ class _Prepared:
     secret: bytes
 
 
+def list_models(server: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None, key: Path | None = None,
+                insecure: bool = False, timeout_s: float = 20.0) -> list[ModelSummary]:
+    """What a server offers, its default first. Arguments as for `Client`. Raises RelucentError's kin."""
+    with connect(server, Security(ca, certificate, key, token, insecure)) as channel:
+        try:
+            listed = rpc.InferenceStub(channel).List(pb.ListRequest(protocol_version=PROTOCOL_VERSION), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise translate(error, "the server") from None
+    return [ModelSummary(m.name, m.model_id, m.relus, m.classes, tuple(m.input_shape)) for m in listed.models]
+
+
 class Client:
     """A connection to a server and its dealer.
 
@@ -85,17 +108,22 @@ class Client:
 
     Args:
         server, dealer: "host:port".
-        insecure: accept plaintext transport; there is no other yet.
+        ca: file of the authorities that certify server and dealer; None for the system's. token: API token, or certificate and
+            key: files; one of them says who this client is. insecure: plaintext transport, on trusted networks only.
+        model: name of the model; "" for the server's default.
         cache: folder for Delta; None for the user's cache folder.
         timeout_s: deadline of every call.
 
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
     """
 
-    def __init__(self, server: str, dealer: str, *, insecure: bool = False, cache: Path | None = None,
+    def __init__(self, server: str, dealer: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None,
+                 key: Path | None = None, insecure: bool = False, model: str = "", cache: Path | None = None,
                  timeout_s: float = 300.0) -> None:
-        self._timeout_s = timeout_s
-        self._channels = [connect(server, insecure), connect(dealer, insecure)]
+        self._timeout_s, self._model_name = timeout_s, model
+        # the dealer is shown neither token nor certificate: it needs no more than the proof for each material
+        self._channels = [connect(server, Security(ca, certificate, key, token, insecure)),
+                          connect(dealer, Security(ca, insecure=insecure))]
         self._server, self._dealer = rpc.InferenceStub(self._channels[0]), rpc.DealingStub(self._channels[1])
         self._cache = DeltaCache(cache or default_folder())
         self._stock: dict[int, deque[_Prepared]] = {}
@@ -149,7 +177,8 @@ class Client:
     def _load(self) -> None:
         """Fetch the offer, the public model and Delta. Raises ModelMismatch if the model is not the one from before."""
         try:
-            offer = self._server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION), timeout=min(20.0, self._timeout_s))
+            offer = self._server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, name=self._model_name),
+                                          timeout=min(20.0, self._timeout_s))
         except grpc.RpcError as error:
             raise translate(error, "the server") from None
         check_version(offer.protocol_version)
@@ -184,8 +213,21 @@ class Client:
         self._delta_id, self._registration_id, self.max_batch = delta_id, offer.registration_id, int(offer.max_batch)
 
     def _fetch(self, call: Callable[..., Iterator[pb.Chunk]], request: pb.FetchRequest, length: int) -> bytes:
-        chunks = call(request, timeout=self._timeout_s)
-        return bytes(ChunkReceiver(lambda: next_message(chunks, "the server")).receive(length))
+        """A download; goes on where it broke off, up to FETCH_TRIES times."""
+        data = bytearray()
+        for attempt in range(FETCH_TRIES):
+            rest = pb.FetchRequest(protocol_version=request.protocol_version, model_id=request.model_id, delta_id=request.delta_id,
+                                   offset=len(data))
+            chunks = call(rest, timeout=self._timeout_s)
+            receiver = ChunkReceiver(lambda: next_message(chunks, "the server"))  # noqa: B023  # used before the next turn
+            try:
+                receiver.receive_into(data, length)
+                return bytes(data)
+            except PeerError:
+                if attempt + 1 == FETCH_TRIES:
+                    raise
+                time.sleep(FETCH_PAUSE_S * 2**attempt)
+        raise AssertionError("unreachable")
 
     def _plan(self, batch: int) -> Plan:
         if not 1 <= batch <= self.max_batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,26 +15,57 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from client.api import Client
+from client.api import Client, list_models
 from client.images import load_image
+from protocol.errors import InputError
 from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Classify images on a server that never sees them.")
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `classify` a subcommand."""
+Server = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
+Dealer = Annotated[str, typer.Option(help="HOST:PORT of the dealer.")]
+Ca = Annotated[Path | None, typer.Option(help="Authorities that certify server and dealer (PEM); default: the system's.")]
+TokenFile = Annotated[Path | None, typer.Option(help="File that holds the API token; default: $RELUCENT_TOKEN.")]
+Certificate = Annotated[Path | None, typer.Option(help="This client's certificate (PEM), in place of a token.")]
+Key = Annotated[Path | None, typer.Option(help="Its private key (PEM).")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Plaintext transport, on trusted networks only.")]
+
+
+def _token(path: Path | None, insecure: bool) -> str | None:
+    """The API token from a file or the environment; never from the command line, where others could read it."""
+    if path is None:
+        return None if insecure else os.environ.get("RELUCENT_TOKEN")
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the token file {path}", "write the token that the operator gave you into it") from error
+
+
+@app.command()
+@exit_on_error("relucent-client")
+def models(server: Server, ca: Ca = None, token_file: TokenFile = None, certificate: Certificate = None, key: Key = None,
+           insecure: Insecure = False, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What the server offers."""
+    found = list_models(server, ca=ca, token=_token(token_file, insecure), certificate=certificate, key=key, insecure=insecure)
+    if as_json:
+        print(json.dumps([vars(m) for m in found]))
+        return
+    table = Table("name", "input", "classes", "ReLUs", "id")
+    for m in found:
+        table.add_row(escape(m.name), "x".join(map(str, m.input_shape)), str(m.classes), f"{m.relus:,}", m.model_id[:12])
+    Console().print(table)
 
 
 @app.command()
 @exit_on_error("relucent-client")
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files: PNG, JPEG, ...")],
-    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")],
-    dealer: Annotated[str, typer.Option(help="HOST:PORT of the dealer.")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="Accept plaintext transport; there is no other yet.")] = False,
+    server: Server,
+    dealer: Dealer,
+    model: Annotated[str, typer.Option(help="Name of the model; default: the server's first.")] = "",
+    ca: Ca = None, token_file: TokenFile = None, certificate: Certificate = None, key: Key = None, insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder for the model's public data.")] = None,
     timeout: Annotated[float, typer.Option(help="Deadline of each call in seconds.", min=0.1)] = 300.0,
@@ -42,7 +74,8 @@ def classify(
     console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("fetching the model", total=None)
-        with Client(server, dealer, insecure=insecure, cache=cache, timeout_s=timeout) as client:
+        with Client(server, dealer, ca=ca, token=_token(token_file, insecure), certificate=certificate, key=key, insecure=insecure,
+                    model=model, cache=cache, timeout_s=timeout) as client:
             loaded = [load_image(path, client.model.input_shape) for path in images]
             for path, (_, note) in zip(images, loaded):
                 if note:

@@ -7,6 +7,7 @@ RelucentError
 ├── MaterialError          preprocessing material is unknown, used, expired, or of another model
 ├── ModelMismatch          the parties hold different models or an outdated Delta
 ├── VersionMismatch        the peer speaks another protocol version
+├── AccessDenied           the peer does not know this identity, or does not let it do this
 ├── ResourceLimit          the peer refuses for now: too much work or memory
 ├── StorageError           a file cannot be written: disk full, no permission
 └── PeerError              the peer is unreachable, gone, or failed inside
@@ -48,6 +49,10 @@ class ModelMismatch(RelucentError):
 
 class VersionMismatch(RelucentError):
     """The peer speaks another protocol version."""
+
+
+class AccessDenied(RelucentError):
+    """The peer does not accept this identity."""
 
 
 class ResourceLimit(RelucentError):

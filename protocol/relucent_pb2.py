@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/relucent.proto\x12\x0brelucent.v1\"5\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x07\n\x05\x45mpty\"\x9c\x01\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x64\x65lta_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cpublic_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_batch\x18\x07 \x01(\r\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"L\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\"p\n\x0ePreprocessOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\"h\n\x0cPreprocessUp\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.relucent.v1.PreprocessOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"\x1d\n\x05Ready\x12\x14\n\x0c\x64\x65\x61ler_bytes\x18\x01 \x01(\x04\"T\n\x0ePreprocessDown\x12\x15\n\x0bmaterial_id\x18\x01 \x01(\x0cH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ReadyH\x00\x42\x06\n\x04kind\"c\n\tInferOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bmaterial_id\x18\x03 \x01(\x0c\x12\x15\n\rclient_secret\x18\x04 \x01(\x0c\"^\n\x07InferUp\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.relucent.v1.InferOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\">\n\x0e\x44iscardRequest\x12\x14\n\x0cmaterial_ids\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63lient_secrets\x18\x02 \x03(\x0c\"m\n\x0cRegisterOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1b\n\x13registration_secret\x18\x03 \x01(\x0c\x12\x14\n\x0cpublic_bytes\x18\x04 \x01(\x04\"d\n\nRegisterUp\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.relucent.v1.RegisterOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"(\n\x0cRegistration\x12\x18\n\x10weight_mask_seed\x18\x01 \x01(\x0c\"\xce\x01\n\x0fMaterialRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x13\n\x0bmaterial_id\x18\x04 \x01(\x0c\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\r\x12\x1d\n\x13registration_secret\x18\x07 \x01(\x0cH\x00\x12\x17\n\rclient_secret\x18\x08 \x01(\x0cH\x00\x42\x07\n\x05proof\"K\n\x0cMaterialDown\x12\x0e\n\x04seed\x18\x01 \x01(\x0cH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind2\x85\x03\n\tInference\x12<\n\x08\x44\x65scribe\x12\x1c.relucent.v1.DescribeRequest\x1a\x12.relucent.v1.Offer\x12>\n\x0b\x46\x65tchPublic\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12=\n\nFetchDelta\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12H\n\nPreprocess\x12\x19.relucent.v1.PreprocessUp\x1a\x1b.relucent.v1.PreprocessDown(\x01\x30\x01\x12\x35\n\x05Infer\x12\x14.relucent.v1.InferUp\x1a\x12.relucent.v1.Chunk(\x01\x30\x01\x12:\n\x07\x44iscard\x12\x1b.relucent.v1.DiscardRequest\x1a\x12.relucent.v1.Empty2\x97\x01\n\x07\x44\x65\x61ling\x12@\n\x08Register\x12\x17.relucent.v1.RegisterUp\x1a\x19.relucent.v1.Registration(\x01\x12J\n\rFetchMaterial\x12\x1c.relucent.v1.MaterialRequest\x1a\x19.relucent.v1.MaterialDown0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/relucent.proto\x12\x0brelucent.v1\"5\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x07\n\x05\x45mpty\"\xaa\x01\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x64\x65lta_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cpublic_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_batch\x18\x07 \x01(\r\x12\x0c\n\x04name\x18\x08 \x01(\t\"9\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x0bListRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"a\n\nModelEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05relus\x18\x03 \x01(\x04\x12\x0f\n\x07\x63lasses\x18\x04 \x01(\r\x12\x13\n\x0binput_shape\x18\x05 \x03(\r\"4\n\tModelList\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.relucent.v1.ModelEntry\"\\\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"p\n\x0ePreprocessOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\"h\n\x0cPreprocessUp\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.relucent.v1.PreprocessOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"\x1d\n\x05Ready\x12\x14\n\x0c\x64\x65\x61ler_bytes\x18\x01 \x01(\x04\"T\n\x0ePreprocessDown\x12\x15\n\x0bmaterial_id\x18\x01 \x01(\x0cH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ReadyH\x00\x42\x06\n\x04kind\"c\n\tInferOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bmaterial_id\x18\x03 \x01(\x0c\x12\x15\n\rclient_secret\x18\x04 \x01(\x0c\"^\n\x07InferUp\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.relucent.v1.InferOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\">\n\x0e\x44iscardRequest\x12\x14\n\x0cmaterial_ids\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63lient_secrets\x18\x02 \x03(\x0c\"m\n\x0cRegisterOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1b\n\x13registration_secret\x18\x03 \x01(\x0c\x12\x14\n\x0cpublic_bytes\x18\x04 \x01(\x04\"d\n\nRegisterUp\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.relucent.v1.RegisterOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"(\n\x0cRegistration\x12\x18\n\x10weight_mask_seed\x18\x01 \x01(\x0c\"\xce\x01\n\x0fMaterialRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x13\n\x0bmaterial_id\x18\x04 \x01(\x0c\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\r\x12\x1d\n\x13registration_secret\x18\x07 \x01(\x0cH\x00\x12\x17\n\rclient_secret\x18\x08 \x01(\x0cH\x00\x42\x07\n\x05proof\"K\n\x0cMaterialDown\x12\x0e\n\x04seed\x18\x01 \x01(\x0cH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind2\xbf\x03\n\tInference\x12\x38\n\x04List\x12\x18.relucent.v1.ListRequest\x1a\x16.relucent.v1.ModelList\x12<\n\x08\x44\x65scribe\x12\x1c.relucent.v1.DescribeRequest\x1a\x12.relucent.v1.Offer\x12>\n\x0b\x46\x65tchPublic\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12=\n\nFetchDelta\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12H\n\nPreprocess\x12\x19.relucent.v1.PreprocessUp\x1a\x1b.relucent.v1.PreprocessDown(\x01\x30\x01\x12\x35\n\x05Infer\x12\x14.relucent.v1.InferUp\x1a\x12.relucent.v1.Chunk(\x01\x30\x01\x12:\n\x07\x44iscard\x12\x1b.relucent.v1.DiscardRequest\x1a\x12.relucent.v1.Empty2\x97\x01\n\x07\x44\x65\x61ling\x12@\n\x08Register\x12\x17.relucent.v1.RegisterUp\x1a\x19.relucent.v1.Registration(\x01\x12J\n\rFetchMaterial\x12\x1c.relucent.v1.MaterialRequest\x1a\x19.relucent.v1.MaterialDown0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,37 +36,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMPTY']._serialized_start=95
   _globals['_EMPTY']._serialized_end=102
   _globals['_OFFER']._serialized_start=105
-  _globals['_OFFER']._serialized_end=261
-  _globals['_DESCRIBEREQUEST']._serialized_start=263
-  _globals['_DESCRIBEREQUEST']._serialized_end=306
-  _globals['_FETCHREQUEST']._serialized_start=308
-  _globals['_FETCHREQUEST']._serialized_end=384
-  _globals['_PREPROCESSOPEN']._serialized_start=386
-  _globals['_PREPROCESSOPEN']._serialized_end=498
-  _globals['_PREPROCESSUP']._serialized_start=500
-  _globals['_PREPROCESSUP']._serialized_end=604
-  _globals['_READY']._serialized_start=606
-  _globals['_READY']._serialized_end=635
-  _globals['_PREPROCESSDOWN']._serialized_start=637
-  _globals['_PREPROCESSDOWN']._serialized_end=721
-  _globals['_INFEROPEN']._serialized_start=723
-  _globals['_INFEROPEN']._serialized_end=822
-  _globals['_INFERUP']._serialized_start=824
-  _globals['_INFERUP']._serialized_end=918
-  _globals['_DISCARDREQUEST']._serialized_start=920
-  _globals['_DISCARDREQUEST']._serialized_end=982
-  _globals['_REGISTEROPEN']._serialized_start=984
-  _globals['_REGISTEROPEN']._serialized_end=1093
-  _globals['_REGISTERUP']._serialized_start=1095
-  _globals['_REGISTERUP']._serialized_end=1195
-  _globals['_REGISTRATION']._serialized_start=1197
-  _globals['_REGISTRATION']._serialized_end=1237
-  _globals['_MATERIALREQUEST']._serialized_start=1240
-  _globals['_MATERIALREQUEST']._serialized_end=1446
-  _globals['_MATERIALDOWN']._serialized_start=1448
-  _globals['_MATERIALDOWN']._serialized_end=1523
-  _globals['_INFERENCE']._serialized_start=1526
-  _globals['_INFERENCE']._serialized_end=1915
-  _globals['_DEALING']._serialized_start=1918
-  _globals['_DEALING']._serialized_end=2069
+  _globals['_OFFER']._serialized_end=275
+  _globals['_DESCRIBEREQUEST']._serialized_start=277
+  _globals['_DESCRIBEREQUEST']._serialized_end=334
+  _globals['_LISTREQUEST']._serialized_start=336
+  _globals['_LISTREQUEST']._serialized_end=375
+  _globals['_MODELENTRY']._serialized_start=377
+  _globals['_MODELENTRY']._serialized_end=474
+  _globals['_MODELLIST']._serialized_start=476
+  _globals['_MODELLIST']._serialized_end=528
+  _globals['_FETCHREQUEST']._serialized_start=530
+  _globals['_FETCHREQUEST']._serialized_end=622
+  _globals['_PREPROCESSOPEN']._serialized_start=624
+  _globals['_PREPROCESSOPEN']._serialized_end=736
+  _globals['_PREPROCESSUP']._serialized_start=738
+  _globals['_PREPROCESSUP']._serialized_end=842
+  _globals['_READY']._serialized_start=844
+  _globals['_READY']._serialized_end=873
+  _globals['_PREPROCESSDOWN']._serialized_start=875
+  _globals['_PREPROCESSDOWN']._serialized_end=959
+  _globals['_INFEROPEN']._serialized_start=961
+  _globals['_INFEROPEN']._serialized_end=1060
+  _globals['_INFERUP']._serialized_start=1062
+  _globals['_INFERUP']._serialized_end=1156
+  _globals['_DISCARDREQUEST']._serialized_start=1158
+  _globals['_DISCARDREQUEST']._serialized_end=1220
+  _globals['_REGISTEROPEN']._serialized_start=1222
+  _globals['_REGISTEROPEN']._serialized_end=1331
+  _globals['_REGISTERUP']._serialized_start=1333
+  _globals['_REGISTERUP']._serialized_end=1433
+  _globals['_REGISTRATION']._serialized_start=1435
+  _globals['_REGISTRATION']._serialized_end=1475
+  _globals['_MATERIALREQUEST']._serialized_start=1478
+  _globals['_MATERIALREQUEST']._serialized_end=1684
+  _globals['_MATERIALDOWN']._serialized_start=1686
+  _globals['_MATERIALDOWN']._serialized_end=1761
+  _globals['_INFERENCE']._serialized_start=1764
+  _globals['_INFERENCE']._serialized_end=2211
+  _globals['_DEALING']._serialized_start=2214
+  _globals['_DEALING']._serialized_end=2365
 # @@protoc_insertion_point(module_scope)

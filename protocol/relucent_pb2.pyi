@@ -21,7 +21,7 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "registration_id", "delta_id", "delta_bytes", "public_bytes", "max_batch")
+    __slots__ = ("protocol_version", "model_id", "registration_id", "delta_id", "delta_bytes", "public_bytes", "max_batch", "name")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Offer(_message.Message):
     DELTA_BYTES_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     registration_id: bytes
@@ -36,23 +37,54 @@ class Offer(_message.Message):
     delta_bytes: int
     public_bytes: int
     max_batch: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., delta_id: _Optional[bytes] = ..., delta_bytes: _Optional[int] = ..., public_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., delta_id: _Optional[bytes] = ..., delta_bytes: _Optional[int] = ..., public_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
+    __slots__ = ("protocol_version", "name")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    name: str
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class ListRequest(_message.Message):
     __slots__ = ("protocol_version",)
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
+class ModelEntry(_message.Message):
+    __slots__ = ("name", "model_id", "relus", "classes", "input_shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    RELUS_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    model_id: str
+    relus: int
+    classes: int
+    input_shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., model_id: _Optional[str] = ..., relus: _Optional[int] = ..., classes: _Optional[int] = ..., input_shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ModelList(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[ModelEntry]
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelEntry, _Mapping]]] = ...) -> None: ...
+
 class FetchRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "delta_id")
+    __slots__ = ("protocol_version", "model_id", "delta_id", "offset")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DELTA_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     delta_id: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ...) -> None: ...
+    offset: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class PreprocessOpen(_message.Message):
     __slots__ = ("protocol_version", "model_id", "delta_id", "batch", "client_id")

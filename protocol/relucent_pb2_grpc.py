@@ -34,6 +34,11 @@ class InferenceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.List = channel.unary_unary(
+                '/relucent.v1.Inference/List',
+                request_serializer=protocol_dot_relucent__pb2.ListRequest.SerializeToString,
+                response_deserializer=protocol_dot_relucent__pb2.ModelList.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/relucent.v1.Inference/Describe',
                 request_serializer=protocol_dot_relucent__pb2.DescribeRequest.SerializeToString,
@@ -68,6 +73,12 @@ class InferenceStub:
 
 class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -108,6 +119,11 @@ class InferenceServicer:
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=protocol_dot_relucent__pb2.ListRequest.FromString,
+                    response_serializer=protocol_dot_relucent__pb2.ModelList.SerializeToString,
+            ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
                     request_deserializer=protocol_dot_relucent__pb2.DescribeRequest.FromString,
@@ -148,6 +164,33 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/relucent.v1.Inference/List',
+            protocol_dot_relucent__pb2.ListRequest.SerializeToString,
+            protocol_dot_relucent__pb2.ModelList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Describe(request,

@@ -7,16 +7,24 @@ never a traceback.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
+
+# TLS 1.3 only: gRPC offers no setting for it, but its TLS 1.2 is left without a usable cipher suite
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
 
 import grpc
 
 from protocol import errors
-from protocol.errors import InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch
+from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch
+from protocol.tls import Identity, load_ca, load_key_pair, parse_identity
 
 log = logging.getLogger("relucent")
 
@@ -38,6 +46,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
     errors.MaterialError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.VersionMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AccessDenied: grpc.StatusCode.UNAUTHENTICATED,
     errors.ResourceLimit: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.StorageError: grpc.StatusCode.INTERNAL,
     errors.PeerError: grpc.StatusCode.UNAVAILABLE,
@@ -50,14 +59,99 @@ Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
 
 
-def connect(address: str, insecure: bool) -> grpc.Channel:
-    """A channel to a peer. Raises InputError for an address that cannot be one, or without `insecure`."""
+@dataclass(frozen=True, repr=False)
+class Security:
+    """How a party protects its links.
+
+    ca: file of the authorities that it trusts; None for the system's. certificate, key: files of its own identity, if any.
+    token: a client's API token. insecure: plaintext, on purpose.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = None
+    insecure: bool = False
+
+    def __repr__(self) -> str:
+        return f"Security(insecure={self.insecure}, <secret>)"
+
+    def pair(self) -> tuple[bytes, bytes] | None:
+        """PEM key and certificate chain, or None. Raises InputError if only one of the two files is given, or they are bad."""
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("a certificate and its key are given together", "pass both or neither")
+        return None if self.certificate is None or self.key is None else load_key_pair(self.certificate, self.key)
+
+
+def connect(address: str, security: Security) -> grpc.Channel:
+    """A channel to a peer. Raises InputError for an address that cannot be one, and for unusable certificates."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise InputError(f"{address!r} is no address", "write HOST:PORT, such as 127.0.0.1:7001")
-    if not insecure:
-        raise InputError("this version has plaintext transport only", "pass --insecure to accept that, on trusted networks")
-    return grpc.insecure_channel(address, OPTIONS)
+    if security.insecure:
+        if security.token is not None or security.certificate is not None:
+            raise InputError("a token or certificate is not sent over plaintext", "leave --insecure out")
+        return grpc.insecure_channel(address, OPTIONS)
+    key, chain = security.pair() or (None, None)
+    credentials = grpc.ssl_channel_credentials(load_ca(security.ca) if security.ca is not None else None, key, chain)
+    if security.token is not None:
+        if not security.token.isascii() or not security.token.isprintable() or not security.token:
+            raise InputError("the API token has characters that no token has", "check the token file")
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(security.token))
+    return grpc.secure_channel(address, credentials, OPTIONS)
+
+
+def listen(server: grpc.Server, address: str, security: Security, verify_peers: bool = False) -> str:
+    """Let `server` listen; returns the address with the port that was chosen.
+
+    verify_peers: callers must show a certificate of the trusted authorities. Raises InputError, PeerError.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"{address!r} is no address to listen on", "write HOST:PORT, such as 127.0.0.1:7001")
+    if security.insecure:
+        add = server.add_insecure_port
+    else:
+        pair = security.pair()
+        if pair is None:
+            raise InputError("no certificate", "make one with `init` and pass --certificate and --key, or --insecure on trusted networks")
+        if verify_peers and security.ca is None:
+            raise InputError("no CA certificate to verify peers with", "pass --ca")
+        ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
+        credentials = grpc.ssl_server_credentials([pair], ca, verify_peers)
+
+        def add(where: str) -> int:
+            return int(server.add_secure_port(where, credentials))
+
+    try:
+        bound = add(address)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise PeerError(f"cannot listen on {address}", "is the port in use by another program?")
+    return f"{host}:{bound}"
+
+
+def certified(context: grpc.ServicerContext) -> Identity | None:
+    """The caller's identity by its verified certificate; None without one."""
+    for uri in context.auth_context().get("peer_uri", ()):
+        identity = parse_identity(uri.decode(errors="replace"))
+        if identity is not None:
+            return identity
+    return None
+
+
+def is_plaintext(context: grpc.ServicerContext) -> bool:
+    """Whether a call came over plaintext transport."""
+    return list(context.auth_context().get("transport_security_type", ())) != [b"ssl"]
+
+
+def bearer_token(context: grpc.ServicerContext) -> str | None:
+    """The API token of a call, or None."""
+    for key, value in context.invocation_metadata():
+        if key == "authorization" and isinstance(value, str) and value.startswith("Bearer "):
+            return value.removeprefix("Bearer ")
+    return None
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
@@ -80,6 +174,11 @@ def translate(error: grpc.RpcError, peer: str) -> RelucentError:
         return kind(f"{peer}: {detail}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerTimeout(f"{peer} did not answer within the deadline", "try again, or raise --timeout")
+    if code == grpc.StatusCode.UNAVAILABLE and any(word in detail.lower() for word in ("handshake", "certificate", "ssl", "tls")):
+        reason = "its certificate is not trusted, expired, or for another name" if "CERTIFICATE_VERIFY_FAILED" in detail else "TLS failed"
+        return PeerError(f"no secure connection to {peer}: {reason}", "check --ca, both certificates, the address and the clock")
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return AccessDenied(f"{peer} does not accept this identity", "check the token or certificate")
     if code == grpc.StatusCode.UNAVAILABLE:
         return PeerError(f"{peer} is unreachable or went away", "check the address and that it runs")
     if code == grpc.StatusCode.UNIMPLEMENTED:
@@ -138,21 +237,42 @@ def when_over(context: grpc.ServicerContext, action: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def time_limit(context: grpc.ServicerContext, limit_s: float) -> Iterator[None]:
-    """Cancel the call after `limit_s` seconds, whatever the peer's own deadline."""
-    timer = threading.Timer(limit_s, context.cancel)
-    timer.daemon = True
-    timer.start()
+def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | None = None) -> Iterator[Callable[[], None]]:
+    """Cancel the call after `limit_s` seconds, or `idle_s` after the last `touch`, whatever the peer's own deadline.
+
+    Yields `touch`, to be called at every message.
+    """
+    over = threading.Event()
+    started = last = time.monotonic()
+
+    def touch() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while True:
+            left = started + limit_s - time.monotonic()
+            if idle_s is not None:
+                left = min(left, last + idle_s - time.monotonic())
+            if left <= 0:
+                context.cancel()
+                return
+            if over.wait(left):
+                return
+
+    threading.Thread(target=watch, daemon=True, name="time-limit").start()
     try:
-        yield
+        yield touch
     finally:
-        timer.cancel()
+        over.set()
 
 
-def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.ServicerContext, limit_s: float) -> Iterator[Any]:
+def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.ServicerContext, limit_s: float,
+                idle_s: float | None = None) -> Iterator[Any]:
     """Serve one streaming call: `work(transmit)` runs in a thread of its own, what it transmits is yielded.
 
-    The call is cancelled after `limit_s` seconds whatever the peer's own deadline, and its error becomes the status.
+    The call is cancelled after `limit_s` seconds, or when nothing has been sent for `idle_s`, whatever the peer's own deadline;
+    an error becomes its status.
     """
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
     gone = threading.Event()
@@ -183,10 +303,11 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
     thread = threading.Thread(target=run, daemon=True, name="session")
     thread.start()
     try:
-        with time_limit(context, limit_s):
+        with time_limit(context, limit_s, idle_s) as touch:
             while True:
                 try:
                     message, failure = outgoing.get(timeout=0.5)
+                    touch()
                 except queue.Empty:
                     if gone.is_set():  # the session could not hand over its end any more
                         return

@@ -77,6 +77,11 @@ class ChunkReceiver:
 
     def receive(self, length: int) -> bytearray:
         out = bytearray()
+        self.receive_into(out, length)
+        return out
+
+    def receive_into(self, out: bytearray, length: int) -> None:
+        """Append the next message to `out`, which then has `length` bytes; what came before a failure stays there."""
         while True:
             chunk = self._wait()
             self.bytes += chunk.ByteSize() + FRAME_BYTES
@@ -94,5 +99,3 @@ class ChunkReceiver:
         if len(out) != length:
             raise ProtocolViolation(f"message {self._sequence} has {len(out):,} bytes where {length:,} are due")
         self._sequence += 1
-        return out
-

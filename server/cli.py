@@ -1,111 +1,228 @@
-"""Command lines of the server and the dealer."""
+"""Command lines of the server and the dealer. PyTorch is imported by the commands that serve only: the others answer at once."""
 
 from __future__ import annotations
 
-import logging
-import signal
+import json
 import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from protocol import relucent_pb2_grpc as rpc
-from protocol.errors import InputError, PeerError
-from protocol.model import load
 from protocol.terminal import exit_on_error
-from protocol.transport import OPTIONS, connect
-from server.dealer import DealerService
-from server.service import InferenceService
+from protocol.tls import Identity, check_name
+from server.certificates import DAYS, Authority
+from server.config import DealerSettings, ServerSettings, Settings, read_settings
+from server.logs import set_up
+from server.state import State, load_master_key
 
 server_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                         help="Serve a compiled model for private inference.")
+                         help="Serve compiled models for private inference.")
 dealer_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                         help="Deal correlated randomness to a server and its clients.")
+                         help="Deal correlated randomness to servers and their clients.")
+token_app = typer.Typer(no_args_is_help=True, help="API tokens of clients; changes count at once, without a restart.")
+server_app.add_typer(token_app, name="token")
 
-Listen = Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 picks a free one.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Accept plaintext transport; there is no other yet.")]
-Grace = Annotated[float, typer.Option(help="Seconds that running calls get to finish on SIGTERM.", min=0)]
-
-
-@server_app.callback()
-@dealer_app.callback()
-def _root() -> None:
-    """Keeps `serve` a subcommand."""
-
-
-def _start(add: Callable[[grpc.Server], Any], listen: str, insecure: bool, workers: int) -> tuple[grpc.Server, str]:
-    if not insecure:
-        raise InputError("this version has plaintext transport only", "pass --insecure to accept that, on trusted networks")
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"{listen!r} is no address to listen on", "write HOST:PORT, such as 127.0.0.1:7001")
-    server = grpc.server(ThreadPoolExecutor(workers, thread_name_prefix="call"), options=OPTIONS, maximum_concurrent_rpcs=workers)
-    add(server)
-    try:
-        bound = server.add_insecure_port(listen)
-    except RuntimeError:
-        bound = 0
-    if bound == 0:
-        raise PeerError(f"cannot listen on {listen}", "is the port in use by another program?")
-    server.start()
-    return server, f"{host}:{bound}"
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; environment and flags override it.")]
+Certificate = Annotated[Path | None, typer.Option(help="This party's certificate (PEM).")]
+Key = Annotated[Path | None, typer.Option(help="Its private key (PEM).")]
+Ca = Annotated[Path | None, typer.Option(help="Authorities that certify its peers (PEM).")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Plaintext transport, on trusted networks only.")]
+MetricsAt = Annotated[str | None, typer.Option("--metrics", help="HOST:PORT to serve Prometheus metrics on.")]
+LogJson = Annotated[bool | None, typer.Option("--log-json", help="Logs as JSON lines.")]
+Grace = Annotated[float | None, typer.Option(help="Seconds that running calls get to finish on SIGTERM.")]
+Hosts = Annotated[list[str] | None, typer.Option("--host", help="Name or address that peers use; repeatable. Default: localhost.")]
+Days = Annotated[int, typer.Option(help="Days that the certificate is valid.", min=1)]
+Renew = Annotated[bool, typer.Option("--renew", help="Replace an existing certificate.")]
+StateFolder = Annotated[Path, typer.Option("--state", help="The server's state folder.")]
+Database = Annotated[str | None, typer.Option(help="SQLAlchemy address, if the database is not in the state folder.")]
+MasterKey = Annotated[Path | None, typer.Option(help="Master key file, if it is not in the state folder.")]
 
 
-def _run_until_signal(server: grpc.Server, grace_s: float, ready: str) -> None:
-    """Announce `ready` once signals are handled, and stop on the first."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    print(ready, flush=True)
-    stop.wait()
-    print("stopping", flush=True)
-    server.stop(grace_s).wait()
+def _init(folder: Path, identity: Identity, hosts: list[str] | None, days: int, renew: bool) -> None:
+    certificate, key = Authority(folder).issue(identity, hosts or ["localhost", "127.0.0.1"], days, renew)
+    print(f"wrote {certificate} and {key}, valid for {days} days; peers trust them with --ca {folder / 'ca.pem'}")
 
 
-def _log() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+@server_app.command("init")
+@exit_on_error("relucent-server")
+def init_server(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem and the certificates.")],
+                name: Annotated[str, typer.Option(help="Name of this server.")] = "server", host: Hosts = None, days: Days = DAYS,
+                renew: Renew = False) -> None:
+    """Make a certificate for a server, and an authority if FOLDER has none."""
+    _init(folder, Identity("server", check_name(name)), host, days, renew)
+
+
+@dealer_app.command("init")
+@exit_on_error("relucent-dealer")
+def init_dealer(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem and the certificates.")], host: Hosts = None,
+                days: Days = DAYS, renew: Renew = False) -> None:
+    """Make a certificate for the dealer, and an authority if FOLDER has none."""
+    _init(folder, Identity("dealer", "dealer"), host, days, renew)
+
+
+@server_app.command("certify")
+@exit_on_error("relucent-server")
+def certify(folder: Annotated[Path, typer.Argument(help="Folder of the authority, made by `init`.")],
+            name: Annotated[str, typer.Argument(help="Name of the client.")], days: Days = DAYS, renew: Renew = False) -> None:
+    """Make a certificate for a client that connects to --listen-certified."""
+    _init(folder, Identity("client", check_name(name)), [], days, renew)
+
+
+def _server_settings(config: Path | None, flags: dict[str, Any]) -> ServerSettings:
+    flags["models"] = flags["models"] or None
+    return read_settings(ServerSettings, config, flags)
 
 
 @server_app.command("serve")
 @exit_on_error("relucent-server")
-def serve_model(
-    model: Annotated[Path, typer.Argument(help="Compiled model file.")],
-    dealer: Annotated[str, typer.Option(help="HOST:PORT of the dealer.")],
-    listen: Listen = "127.0.0.1:7001",
-    insecure: Insecure = False,
-    max_batch: Annotated[int, typer.Option(help="Largest batch of images.", min=1, max=256)] = 32,
-    stock_mb: Annotated[int, typer.Option(help="Memory for prepared material, in MB.", min=1)] = 4096,
-    lifetime_s: Annotated[float, typer.Option(help="Seconds that prepared material is kept.", min=1)] = 3600.0,
-    sessions: Annotated[int, typer.Option(help="Calls served at once.", min=1)] = 64,
-    grace_s: Grace = 10.0,
+def serve_models(
+    models: Annotated[list[Path] | None, typer.Argument(help="Compiled model files, or folders of them; the first is the default.")] = None,
+    config: Config = None,
+    dealer: Annotated[str | None, typer.Option(help="HOST:PORT of the dealer, the one for servers.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients with an API token; port 0 picks a free one.")] = None,
+    listen_certified: Annotated[str | None, typer.Option(help="HOST:PORT for clients with a certificate.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="Authorities that certify clients (PEM).")] = None,
+    certificate: Certificate = None, key: Key = None, ca: Ca = None, insecure: Insecure = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for tokens and prepared material; without it both live in memory.")] = None,
+    database: Database = None, master_key: MasterKey = None,
+    stock_mb: Annotated[int | None, typer.Option(help="Room for all prepared material, in MB.")] = None,
+    client_stock_mb: Annotated[int | None, typer.Option(help="Room for one client's, in MB.")] = None,
+    lifetime_s: Annotated[float | None, typer.Option(help="Seconds that prepared material is kept.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Largest batch of images.")] = None,
+    sessions: Annotated[int | None, typer.Option(help="Calls that compute at once.")] = None,
+    client_sessions: Annotated[int | None, typer.Option(help="Of those, for one client.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Worker processes on one port.")] = None,
+    metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
-    """Serve MODEL until SIGTERM. Prints one line with the address once it is ready."""
-    _log()
-    loaded = load(model)
-    channel = connect(dealer, insecure)
-    service = InferenceService(loaded, channel, max_batch=max_batch, stock_bytes=stock_mb << 20, lifetime_s=lifetime_s)
-    service.register(timeout_s=30.0)
-    server, address = _start(lambda s: rpc.add_InferenceServicer_to_server(service, s), listen, insecure, sessions)
-    if insecure:
-        print("warning: plaintext transport; use it on trusted networks only", file=sys.stderr)
-    _run_until_signal(server, grace_s, f"serving {loaded.public.name} ({loaded.public.model_id[:12]}) on {address}")
+    """Serve MODELS until SIGTERM; SIGHUP reads them again. Prints one line with the address once it is ready."""
+    settings = _server_settings(config, {k: v for k, v in locals().items() if k != "config"})
+    from server.catalogue import load_models
+    from server.host import open_state, run_server, run_workers
+
+    set_up(settings.log_json, settings.log_level)
+    if settings.processes == 1:
+        run_server(settings, load_models(settings.models))
+        return
+    load_models(settings.models)  # mistakes are found once, here
+    open_state(settings).close()
+    with tempfile.TemporaryDirectory(prefix="relucent-") as folder:
+        def command(changes: dict[str, Any]) -> list[str]:
+            path = Path(folder) / f"{changes['metrics'] or 'worker'}.json".replace(":", "-")
+            values = settings.model_dump(mode="json") | changes
+            path.write_text(json.dumps(values))
+            return [sys.executable, "-c", "import sys; from server.cli import run_worker; run_worker(sys.argv[1])", str(path)]
+
+        run_workers(settings, command)
+
+
+def run_worker(path: str) -> None:
+    """One of several processes, with the settings in a JSON file."""
+    from server.catalogue import load_models
+    from server.host import run_server
+
+    settings = ServerSettings(**json.loads(Path(path).read_text()))
+    set_up(settings.log_json, settings.log_level)
+    exit_on_error("relucent-server")(run_server)(settings, load_models(settings.models), True)
+
+
+@server_app.command("check-config")
+@exit_on_error("relucent-server")
+def check_config(
+    config: Annotated[Path, typer.Option("--config", help="TOML file of settings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the effective settings.")] = False,
+) -> None:
+    """Check settings, certificates, models and database without serving."""
+    from server.catalogue import load_models
+    from server.host import open_state
+
+    settings = read_settings(ServerSettings, config, {})
+    settings.security.pair()
+    loaded = load_models(settings.models)
+    open_state(settings).close()
+    if as_json:
+        print(settings.model_dump_json(indent=1))
+    else:
+        print(f"{config} is good: {', '.join(m.public.name for m in loaded)}; dealer {settings.dealer}; listens on {settings.listen}")
 
 
 @dealer_app.command("serve")
 @exit_on_error("relucent-dealer")
 def serve_dealer(
-    listen: Listen = "127.0.0.1:7002",
-    insecure: Insecure = False,
-    deals: Annotated[int, typer.Option(help="Dealings at once.", min=1)] = 4,
-    grace_s: Grace = 10.0,
+    config: Config = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT for clients (and in plaintext for servers).")] = None,
+    listen_servers: Annotated[str | None, typer.Option(help="HOST:PORT for servers, which show their certificate.")] = None,
+    certificate: Certificate = None, key: Key = None, ca: Ca = None, insecure: Insecure = None, master_key: MasterKey = None,
+    deals: Annotated[int | None, typer.Option(help="Dealings at once.")] = None,
+    metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
     """Deal until SIGTERM. Prints one line with the address once it is ready."""
-    _log()
-    service = DealerService(max_deals=deals)
-    server, address = _start(lambda s: rpc.add_DealingServicer_to_server(service, s), listen, insecure, 128)
-    _run_until_signal(server, grace_s, f"dealing on {address}")
+    settings: Settings = read_settings(DealerSettings, config, {k: v for k, v in locals().items() if k != "config"})
+    assert isinstance(settings, DealerSettings)
+    from server.host import run_dealer
+
+    set_up(settings.log_json, settings.log_level)
+    run_dealer(settings)
+
+
+@dealer_app.command("check-config")
+@exit_on_error("relucent-dealer")
+def check_dealer_config(config: Annotated[Path, typer.Option("--config", help="TOML file of settings.")]) -> None:
+    """Check settings and certificates without serving."""
+    settings = read_settings(DealerSettings, config, {})
+    settings.security.pair()
+    print(f"{config} is good: listens on {settings.listen}")
+
+
+# --- API tokens -----------------------------------------------------------------------------------------------------
+
+
+def _tokens(state: Path, database: str | None, master_key: Path | None) -> State:
+    key = load_master_key(master_key or state / "master.key")
+    return State(database or f"sqlite:///{(state / 'state.db').absolute()}", key)
+
+
+@token_app.command("create")
+@exit_on_error("relucent-server")
+def create_token(
+    name: Annotated[str, typer.Argument(help="Name of the client.")], state: StateFolder,
+    days: Annotated[float | None, typer.Option(help="Days that it is valid; default for ever.", min=0.001)] = None,
+    database: Database = None, master_key: MasterKey = None,
+) -> None:
+    """Make a token and print it, once; the server stores a hash only."""
+    print(_tokens(state, database, master_key).create_token(name, days))
+
+
+@token_app.command("list")
+@exit_on_error("relucent-server")
+def list_tokens(state: StateFolder, database: Database = None, master_key: MasterKey = None,
+                as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """All tokens, without the tokens themselves."""
+    opened = _tokens(state, database, master_key)
+    now, rows = opened.clock(), opened.list_tokens()
+    if as_json:
+        print(json.dumps([{**vars(t), "valid": t.valid(now)} for t in rows]))
+        return
+
+    def date(seconds: float | None) -> str:
+        return "" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}"
+
+    table = Table("id", "name", "created (UTC)", "expires", "state")
+    for t in rows:
+        table.add_row(t.id, t.name, date(t.created), date(t.expires), "valid" if t.valid(now) else "revoked" if t.revoked else "expired")
+    Console().print(table)
+
+
+@token_app.command("revoke")
+@exit_on_error("relucent-server")
+def revoke_token(which: Annotated[str, typer.Argument(help="Id of a token, or name of a client: all of its tokens.")], state: StateFolder,
+                 database: Database = None, master_key: MasterKey = None) -> None:
+    """Refuse a token from now on, and destroy its client's prepared material."""
+    opened = _tokens(state, database, master_key)
+    revoked = opened.revoke_token(which)
+    destroyed = sum(len(opened.drop_materials_of(Identity("client", name).uri)) for name in {t.name for t in revoked})
+    print(f"revoked {len(revoked)} token(s) and destroyed {destroyed} prepared material(s)")

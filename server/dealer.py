@@ -25,12 +25,22 @@ import grpc
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol.dealing import deal, weight_masks
-from protocol.errors import MaterialError, ModelMismatch, PeerError, PeerTimeout, ProtocolViolation, RelucentError, ResourceLimit
+from protocol.errors import (
+    AccessDenied,
+    MaterialError,
+    ModelMismatch,
+    PeerError,
+    PeerTimeout,
+    ProtocolViolation,
+    RelucentError,
+    ResourceLimit,
+)
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.transport import abort, next_kind, run_session, time_limit, when_over
+from protocol.transport import abort, certified, is_plaintext, next_kind, run_session, time_limit, when_over
 from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
+from server.metrics import Metrics
 
 log = logging.getLogger("relucent.dealer")
 MEETING_S = 30.0
@@ -43,8 +53,11 @@ REGISTER_S = 60.0
 
 @dataclass(frozen=True, repr=False)
 class _Registration:
+    """owner: name of the server that registered, by its certificate; "" in plaintext."""
+
     model: PublicModel
     masks: dict[str, Any]
+    owner: str
 
 
 @dataclass
@@ -90,10 +103,19 @@ class _Meeting:
 
 
 class DealerService(rpc.DealingServicer):  # type: ignore[misc]
-    """Servicer of the Dealing service. `max_deals` dealings run at once, `max_registrations` models are held."""
+    """Servicer of the Dealing service.
 
-    def __init__(self, max_deals: int = 4, max_registrations: int = 16) -> None:
-        self._master = secrets.token_bytes(32)
+    A server shows its certificate; a client proves that it is the one that the server prepares this material with.
+
+    Args:
+        max_deals: dealings at once. max_registrations: models held. master: 32 bytes from which masks of weights are derived;
+            None for fresh ones. plaintext: let calls without TLS in, whoever they come from.
+    """
+
+    def __init__(self, max_deals: int = 4, max_registrations: int = 16, master: bytes | None = None, plaintext: bool = False,
+                 metrics: Metrics | None = None) -> None:
+        self._master = master or secrets.token_bytes(32)
+        self._plaintext, self._metrics = plaintext, metrics or Metrics("dealer")
         self._registrations: OrderedDict[bytes, _Registration] = OrderedDict()
         self._meetings: dict[bytes, _Meeting] = {}
         self._lock = threading.Lock()
@@ -104,12 +126,24 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
     def Register(self, request_iterator: Iterator[pb.RegisterUp], context: grpc.ServicerContext) -> pb.Registration:
         try:
-            with time_limit(context, REGISTER_S):
-                return self._register(request_iterator)
+            with time_limit(context, REGISTER_S), self._metrics.phase("registration"):
+                return self._register(request_iterator, self._server_name(context))
         except BaseException as error:
             abort(context, error)
 
-    def _register(self, messages: Iterator[pb.RegisterUp]) -> pb.Registration:
+    def _server_name(self, context: grpc.ServicerContext) -> str:
+        """Name of the server that calls, by its certificate. Raises AccessDenied for anybody else."""
+        if is_plaintext(context):
+            if not self._plaintext:
+                raise AccessDenied("plaintext calls are refused", "use TLS")
+            return ""
+        identity = certified(context)
+        if identity is None or identity.role != "server":
+            raise AccessDenied("this is for servers, and this caller has no server's certificate",
+                               "connect to the dealer's address for servers with the certificate that `relucent-server init` wrote")
+        return identity.name
+
+    def _register(self, messages: Iterator[pb.RegisterUp], owner: str) -> pb.Registration:
         opening = next_kind(messages, "open")
         check_version(opening.protocol_version)
         secret = check_bytes(opening.registration_secret, SECRET_BYTES, "the registration secret")
@@ -124,7 +158,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         seed = Seed(hmac.digest(self._master, b"weight-mask" + bytes.fromhex(model.model_id) + name, "sha256"))
         masks = weight_masks(model, seed)
         with self._lock:
-            self._registrations[name] = _Registration(model, masks)
+            self._registrations[name] = _Registration(model, masks, owner)
             self._registrations.move_to_end(name)
             while len(self._registrations) > self._max_registrations:
                 self._registrations.popitem(last=False)
@@ -135,12 +169,16 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
     def FetchMaterial(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> Iterator[pb.MaterialDown]:
         try:
-            party, registration = self._authenticate(request)
+            party, registration = self._authenticate(request, context)
             meeting = self._meet(party, request)
         except BaseException as error:
             abort(context, error)
 
         def work(transmit: Callable[[Any], None]) -> None:
+            with self._metrics.phase(f"material for the {party}"):
+                hand_over(transmit)
+
+        def hand_over(transmit: Callable[[Any], None]) -> None:
             try:
                 if not meeting.both.wait(MEETING_S):
                     raise PeerTimeout("the other party did not ask for its part in time")
@@ -162,7 +200,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         when_over(context, lambda: meeting.left(party))
         yield from run_session(work, context, DEAL_S)
 
-    def _authenticate(self, request: pb.MaterialRequest) -> tuple[str, _Registration]:
+    def _authenticate(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> tuple[str, _Registration]:
         check_version(request.protocol_version)
         check_bytes(request.material_id, ID_BYTES, "the material id")
         check_bytes(request.client_id, SECRET_BYTES, "the client id")
@@ -183,6 +221,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             raise ProtocolViolation("a request for material without a proof")
         if not hmac.compare_digest(hashlib.sha256(proof).digest(), wanted):
             raise MaterialError("the proof does not match; this part belongs to somebody else")
+        if party == "server" and self._server_name(context) != registration.owner:
+            raise AccessDenied("this model was registered by another server")
+        if party == "client" and is_plaintext(context) and not self._plaintext:
+            raise AccessDenied("plaintext calls are refused", "use TLS")
         return party, registration
 
     def _meet(self, party: str, request: pb.MaterialRequest) -> _Meeting:

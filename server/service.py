@@ -1,33 +1,26 @@
-"""The inference service: one model, many clients, no state shared between sessions but the stock."""
+"""The inference service: several models, many clients, no state shared between sessions but the stock."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
-from protocol import ring
 from protocol.channel import Duplex
-from protocol.dealing import DealtToServer, weight_masks
-from protocol.errors import ModelMismatch, PeerError, ProtocolViolation
-from protocol.inference import make_delta
-from protocol.material import Material
-from protocol.model import Model
+from protocol.dealing import DealtToServer
+from protocol.errors import AccessDenied, ModelMismatch, ProtocolViolation, ResourceLimit
 from protocol.online import online_server
-from protocol.plan import Plan, make_plan
+from protocol.plan import Plan
 from protocol.preprocessing import preprocess_server
-from protocol.prg import Seed
-from protocol.simulation import server_parameters
-from protocol.transport import abort, next_kind, next_message, run_session, time_limit, translate, when_over
+from protocol.tls import ANYBODY, Identity
+from protocol.transport import abort, bearer_token, certified, is_plaintext, next_kind, run_session, time_limit
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -39,186 +32,186 @@ from protocol.wire import (
     check_version,
     to_chunks,
 )
+from server.catalogue import Catalogue, HostedModel
+from server.logs import request_id
+from server.metrics import Metrics
+from server.sessions import Sessions
+from server.state import State
 from server.stock import Stock
 
 log = logging.getLogger("relucent.server")
-REGISTER_S = 30.0
+MAX_DISCARDS = 4096
+Reply = TypeVar("Reply")
 
 
-@dataclass(frozen=True, repr=False)
-class _Registered:
-    """One registration with the dealer and the Delta that belongs to it."""
+@dataclass(frozen=True)
+class Limits:
+    """What one call may ask for. Times in seconds: of a whole call, and between two messages."""
 
-    secret: bytes
-    registration_id: bytes
-    delta: bytes
-    delta_id: bytes
+    max_batch: int = 32
+    timeout_s: float = 600.0
+    idle_s: float = 60.0
 
 
-class DealerLink:
-    """The server's connection to the dealer."""
+class Access:
+    """Who a caller is. plaintext: whether calls without TLS are let in, as anybody."""
 
-    def __init__(self, channel: grpc.Channel, model: Model, timeout_s: float) -> None:
-        self._stub = rpc.DealingStub(channel)
-        self._model, self._timeout_s = model, timeout_s
+    def __init__(self, state: State, plaintext: bool) -> None:
+        self._state, self._plaintext = state, plaintext
 
-    def register(self, timeout_s: float) -> _Registered:
-        """Register the model and compute Delta. Raises PeerError and its kin."""
-        secret = secrets.token_bytes(SECRET_BYTES)
-        public = self._model.public.to_bytes()
-
-        def messages() -> Iterator[pb.RegisterUp]:
-            yield pb.RegisterUp(open=pb.RegisterOpen(protocol_version=PROTOCOL_VERSION, model_id=self._model.public.model_id,
-                                                     registration_secret=secret, public_bytes=len(public)))
-            for chunk in to_chunks(0, (public,)):
-                yield pb.RegisterUp(chunk=chunk)
-
-        try:
-            reply = self._stub.Register(messages(), timeout=timeout_s, wait_for_ready=True)
-        except grpc.RpcError as error:
-            raise translate(error, "the dealer") from None
-        seed = Seed(check_bytes(reply.weight_mask_seed, SECRET_BYTES, "the weight mask seed"))
-        masks = weight_masks(self._model.public, seed)
-        delta = b"".join(bytes(ring.to_bytes(part)) for part in make_delta(self._model, masks).values())
-        return _Registered(secret, hashlib.sha256(secret).digest(), delta, hashlib.sha256(delta).digest())
-
-    def fetch(self, registered: _Registered, plan: Plan, material_id: bytes, client_id: bytes,
-              context: grpc.ServicerContext) -> tuple[Seed, ChunkReceiver]:
-        """Ask for the server's part of one material; the request ends with the client's call `context`."""
-        request = pb.MaterialRequest(
-            protocol_version=PROTOCOL_VERSION, model_id=plan.model.model_id, registration_id=registered.registration_id,
-            material_id=material_id, client_id=client_id, batch=plan.batch, registration_secret=registered.secret)
-        messages = self._stub.FetchMaterial(request, timeout=self._timeout_s)
-        when_over(context, messages.cancel)
-        seed = Seed(check_bytes(next_message(messages, "the dealer").seed, SECRET_BYTES, "the seed"))
-        return seed, ChunkReceiver(lambda: next_message(messages, "the dealer").chunk)
+    def identify(self, context: grpc.ServicerContext) -> Identity:
+        """The caller, by certificate or API token. Raises AccessDenied."""
+        if is_plaintext(context):
+            if not self._plaintext:
+                raise AccessDenied("plaintext calls are refused", "use TLS")
+            return ANYBODY
+        identity = certified(context)
+        if identity is not None and identity.role == "client":
+            return identity
+        token = bearer_token(context)
+        if token is None:
+            raise AccessDenied("neither an API token nor a client certificate", "pass one of them")
+        return self._state.identify(token)
 
 
 class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
-    """Servicer of the Inference service for one model.
+    """Servicer of the Inference service."""
 
-    Args:
-        stock_bytes: memory for prepared material. lifetime_s: of prepared material. timeout_s: of one call.
-    """
+    def __init__(self, catalogue: Catalogue, stock: Stock, access: Access, sessions: Sessions, metrics: Metrics,
+                 limits: Limits = Limits()) -> None:  # frozen
+        self._catalogue, self._stock, self._access, self._sessions = catalogue, stock, access, sessions
+        self._metrics, self._limits = metrics, limits
 
-    def __init__(self, model: Model, dealer: grpc.Channel, *, max_batch: int = 32, stock_bytes: int = 4 << 30,
-                 lifetime_s: float = 3600.0, timeout_s: float = 600.0) -> None:
-        self._model, self._max_batch, self._timeout_s = model, max_batch, timeout_s
-        self._public_bytes = model.public.to_bytes()
-        self._parameters = server_parameters(model)
-        self._plans: dict[int, Plan] = {1: make_plan(model.public, 1)}
-        self._stock = Stock(stock_bytes, lifetime_s)
-        self._link = DealerLink(dealer, model, timeout_s)
-        self._registration_lock = threading.Lock()
-        self._registered: _Registered | None = None
-
-    def register(self, timeout_s: float) -> None:
-        """Register with the dealer, waiting for it up to `timeout_s`."""
-        with self._registration_lock:
-            self._registered = self._link.register(timeout_s)
-        log.info("registered with the dealer")
-
-    def _current(self) -> _Registered:
-        registered = self._registered
-        if registered is None:
-            raise PeerError("the server has not reached its dealer yet")
-        return registered
-
-    def _reregister(self, stale: _Registered) -> None:
-        with self._registration_lock:
-            if self._registered is stale:
-                self._registered = self._link.register(REGISTER_S)
-                log.warning("the dealer had forgotten the model; registered again")
-
-    def _check_model(self, version: int, model_id: str) -> None:
-        check_version(version)
-        if model_id != self._model.public.model_id:
-            raise ModelMismatch("this server holds another model", "ask the server for its model again")
-
-    def _plan(self, batch: int) -> Plan:
-        if not 1 <= batch <= self._max_batch:
-            raise ProtocolViolation(f"the batch must lie in 1..{self._max_batch}, got {batch}")
-        if batch not in self._plans:
-            self._plans[batch] = make_plan(self._model.public, batch)
-        return self._plans[batch]
+    def _plan(self, hosted: HostedModel, batch: int) -> Plan:
+        if not 1 <= batch <= self._limits.max_batch:
+            raise ProtocolViolation(f"the batch must lie in 1..{self._limits.max_batch}, got {batch}")
+        return hosted.plan(batch)
 
     # --- public information ---------------------------------------------------------------------------------------
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
+    def _answer(self, context: grpc.ServicerContext, version: int, make: Callable[[], Reply]) -> Reply:
         try:
-            check_version(request.protocol_version)
-            current = self._current()
-            return pb.Offer(
-                protocol_version=PROTOCOL_VERSION, model_id=self._model.public.model_id, registration_id=current.registration_id,
-                delta_id=current.delta_id, delta_bytes=len(current.delta), public_bytes=len(self._public_bytes),
-                max_batch=self._max_batch)
+            self._identify(context)
+            check_version(version)
+            return make()
         except BaseException as error:
             abort(context, error)
 
+    def _identify(self, context: grpc.ServicerContext) -> Identity:
+        try:
+            return self._access.identify(context)
+        except AccessDenied as error:
+            self._metrics.refusals.labels(type(error).__name__).inc()
+            raise
+
+    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ModelList:
+        def make() -> pb.ModelList:
+            return pb.ModelList(models=[
+                pb.ModelEntry(name=m.public.name, model_id=m.model_id, relus=m.public.relus, classes=len(m.public.classes),
+                              input_shape=m.public.input_shape) for m in self._catalogue.models()])
+
+        return self._answer(context, request.protocol_version, make)
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
+        def make() -> pb.Offer:
+            hosted = self._catalogue.named(request.name)
+            data, delta_id = hosted.delta()
+            return pb.Offer(protocol_version=PROTOCOL_VERSION, model_id=hosted.model_id, registration_id=hosted.registration_id,
+                            delta_id=delta_id, delta_bytes=len(data), public_bytes=len(hosted.public_bytes),
+                            max_batch=self._limits.max_batch, name=hosted.public.name)
+
+        return self._answer(context, request.protocol_version, make)
+
     def FetchPublic(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        yield from self._fetch(request, context, lambda: self._public_bytes)
+        yield from self._fetch(request, context, lambda hosted: hosted.public_bytes)
 
     def FetchDelta(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        def delta() -> bytes:
-            current = self._current()
-            if not hmac.compare_digest(request.delta_id, current.delta_id):
+        def delta(hosted: HostedModel) -> bytes:
+            data, delta_id = hosted.delta()
+            if not hmac.compare_digest(request.delta_id, delta_id):
                 raise ModelMismatch("this Delta is outdated", "ask the server for its model again")
-            return current.delta
+            return data
 
         yield from self._fetch(request, context, delta)
 
-    def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[], bytes]) -> Iterator[pb.Chunk]:
-        try:
-            self._check_model(request.protocol_version, request.model_id)
-            data = get()
-        except BaseException as error:
-            abort(context, error)
-        with time_limit(context, self._timeout_s):
-            yield from to_chunks(0, (data,))
+    def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[HostedModel], bytes]) -> Iterator[pb.Chunk]:
+        def make() -> memoryview:
+            data = get(self._catalogue.identified(request.model_id))
+            if request.offset > len(data):
+                raise ProtocolViolation("the offset lies behind the end of the data")
+            return memoryview(data)[request.offset :]
 
-    # --- preprocessing ----------------------------------------------------------------------------------------------
+        data = self._answer(context, request.protocol_version, make)
+        with time_limit(context, self._limits.timeout_s, self._limits.idle_s) as touch:
+            for chunk in to_chunks(0, (data,)):
+                touch()
+                yield chunk
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def _session(self, phase: str, context: grpc.ServicerContext, work: Callable[[Identity, Callable[[Any], None]], None]) -> Iterator[Any]:
+        """One streaming call: identified, queued, timed, counted; its error becomes its status."""
+
+        def run(transmit: Callable[[Any], None]) -> None:
+            request_id.set(secrets.token_hex(6))
+            with self._metrics.phase(phase):
+                identity = self._access.identify(context)
+                with self._sessions.slot(identity.uri):
+                    work(identity, transmit)
+            log.info("%s done", phase)
+
+        yield from run_session(run, context, self._limits.timeout_s, self._limits.idle_s)
 
     def Preprocess(self, request_iterator: Iterator[pb.PreprocessUp], context: grpc.ServicerContext) -> Iterator[pb.PreprocessDown]:
-        def work(transmit: Callable[[Any], None]) -> None:
+        def work(identity: Identity, transmit: Callable[[Any], None]) -> None:
             opening = next_kind(request_iterator, "open")
-            self._check_model(opening.protocol_version, opening.model_id)
+            check_version(opening.protocol_version)
+            hosted = self._catalogue.identified(opening.model_id)
             client_id = check_bytes(opening.client_id, SECRET_BYTES, "the client id")
-            plan, current = self._plan(opening.batch), self._current()
-            if not hmac.compare_digest(opening.delta_id, current.delta_id):
+            plan, (_, delta_id) = self._plan(hosted, opening.batch), hosted.delta()
+            if not hmac.compare_digest(opening.delta_id, delta_id):
                 raise ModelMismatch("the client's Delta is outdated", "fetch Delta again")
-            material_id = self._stock.reserve(plan, client_id)
+            material_id = self._stock.reserve(plan, client_id, identity.uri)
             try:
                 transmit(pb.PreprocessDown(material_id=material_id))
                 try:
-                    seed, source = self._link.fetch(current, plan, material_id, client_id, context)
+                    seed, source = hosted.fetch(plan, material_id, client_id, context)
                 except ModelMismatch:
-                    self._reregister(current)
+                    hosted.register_again(delta_id)
                     raise
                 from_client = ChunkReceiver(lambda: next_kind(request_iterator, "chunk"))
                 contents = preprocess_server(plan, DealtToServer(plan, seed, source), from_client)
-                self._stock.store(Material(material_id, plan, contents))
+                self._stock.store(material_id, plan, contents)
+                self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
                 transmit(pb.PreprocessDown(ready=pb.Ready(dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES)))
             except BaseException:
                 self._stock.release(material_id)
                 raise
 
-        yield from run_session(work, context, self._timeout_s)
+        yield from self._session("preprocessing", context, work)
 
     def Discard(self, request: pb.DiscardRequest, context: grpc.ServicerContext) -> pb.Empty:
-        for material_id, secret in zip(request.material_ids, request.client_secrets):
-            self._stock.discard(material_id, secret)
-        return pb.Empty()
+        def make() -> pb.Empty:
+            if len(request.material_ids) > MAX_DISCARDS:
+                raise ResourceLimit(f"at most {MAX_DISCARDS} materials are discarded at once")
+            for material_id, secret in zip(request.material_ids, request.client_secrets):
+                self._stock.discard(material_id, secret)
+            return pb.Empty()
 
-    # --- online -------------------------------------------------------------------------------------------------------
+        return self._answer(context, PROTOCOL_VERSION, make)
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        def work(transmit: Callable[[Any], None]) -> None:
+        def work(identity: Identity, transmit: Callable[[Any], None]) -> None:
             opening = next_kind(request_iterator, "open")
-            self._check_model(opening.protocol_version, opening.model_id)
+            check_version(opening.protocol_version)
             check_bytes(opening.material_id, ID_BYTES, "the material id")
+            hosted = self._catalogue.identified(opening.model_id)
             # from here on the material is spent, whatever happens
-            material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id)
+            material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
             channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(request_iterator, "chunk")))
-            online_server(material, self._parameters, channel)
+            online_server(material, hosted.parameters, channel)
+            self._metrics.images.inc(material.plan.batch)
+            self._metrics.bytes.labels("in").inc(channel.incoming.bytes)
+            self._metrics.bytes.labels("out").inc(channel.outgoing.bytes)
 
-        yield from run_session(work, context, self._timeout_s)
+        yield from self._session("online", context, work)

@@ -1,114 +1,169 @@
-"""The server's stock of preprocessed material: single use, bounded in memory and time."""
+"""The server's stock of prepared material: single use, bounded for each client and in total, in memory or on disk.
+
+With a folder every material is an encrypted file whose key lies, encrypted, in the database, and it survives a restart.
+Using a material destroys that key in a durable transaction before the first message of the online phase, so that no crash, at
+whatever point, lets it be used again. Recent material is also kept in memory, up to a limit, to be at hand.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
 import threading
-import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 
-from protocol.errors import MaterialError, ResourceLimit
+from protocol.errors import MaterialError, ResourceLimit, StorageError
 from protocol.material import Material, ServerContents
 from protocol.plan import Plan
+from protocol.sealed import read_sealed, write_sealed
+from protocol.storage import read_server, server_parts
 from protocol.wire import ID_BYTES
+from server.state import State
 
-REMEMBERED = 1 << 16
-
-
-@dataclass
-class _Entry:
-    client_id: bytes
-    model_id: str
-    size_bytes: int
-    expires: float
-    material: Material[ServerContents] | None = None
+PREPARING_S = 900.0
+"""How long a reservation waits for its material."""
 
 
 class Stock:
     """Materials by id. An id is chosen here at random, reserved while it is prepared, and gone once it is taken.
 
     Args:
-        limit_bytes: memory for all materials, prepared or in preparation. lifetime_s: of one material.
+        state: the database. folder: for encrypted files; None keeps material in memory only.
+        limit_bytes, client_bytes: for all materials and for one client's, prepared or in preparation.
+        memory_bytes: of those, how much is kept in memory too. lifetime_s: of one material.
     """
 
-    def __init__(self, limit_bytes: int, lifetime_s: float) -> None:
-        self._limit, self._lifetime = limit_bytes, lifetime_s
-        self._entries: dict[bytes, _Entry] = {}
-        self._spent: OrderedDict[bytes, None] = OrderedDict()
+    def __init__(self, state: State, *, folder: Path | None = None, limit_bytes: int = 4 << 30, client_bytes: int = 4 << 30,
+                 memory_bytes: int = 4 << 30, lifetime_s: float = 3600.0) -> None:
+        self._state, self._folder, self._lifetime = state, folder, lifetime_s
+        self._limit, self._client_limit, self._memory_limit = limit_bytes, client_bytes, memory_bytes
+        self._keys: dict[bytes, bytes] = {}
+        self._memory: OrderedDict[bytes, Material[ServerContents]] = OrderedDict()
+        self._memory_bytes = 0
         self._lock = threading.Lock()
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder") from error
+            self._remove_strays()
 
-    def reserve(self, plan: Plan, client_id: bytes) -> bytes:
-        """A fresh id with memory set aside. Raises ResourceLimit."""
+    def reserve(self, plan: Plan, client_id: bytes, identity: str) -> bytes:
+        """A fresh id with room set aside. Raises ResourceLimit."""
         size = plan.server_material_bytes
+        self.sweep()
         with self._lock:
-            self._sweep()
-            used = sum(e.size_bytes for e in self._entries.values())
-            if used + size > self._limit:
-                raise ResourceLimit(
-                    f"no memory for this material: it needs {size / 1e6:,.0f} MB, {(self._limit - used) / 1e6:,.0f} MB are free",
-                    "use up or discard material, or try again later")
+            for used, limit, whose in ((self._state.material_bytes(), self._limit, "the server's stock"),
+                                       (self._state.material_bytes(identity), self._client_limit, "this client's stock")):
+                if used + size > limit:
+                    free = max(limit - used, 0)
+                    raise ResourceLimit(f"no room for this material: it needs {size / 1e6:,.1f} MB, {whose} has {free / 1e6:,.1f} MB left",
+                                        "use up or discard material, or try again later")
             material_id = secrets.token_bytes(ID_BYTES)
-            self._entries[material_id] = _Entry(client_id, plan.model.model_id, size, time.monotonic() + self._lifetime)
+            self._keys[material_id] = self._state.add_material(
+                material_id, identity, client_id, plan.model.model_id, plan.batch, size, self._state.clock() + PREPARING_S)
         return material_id
 
-    def store(self, material: Material[ServerContents]) -> None:
-        """Fill a reservation."""
+    def store(self, material_id: bytes, plan: Plan, contents: ServerContents) -> None:
+        """Fill a reservation; durable when this returns, if there is a folder. Raises MaterialError, StorageError."""
+        key = self._keys.pop(material_id, None)
+        if key is None:
+            raise MaterialError("the reservation of this material has expired")
+        if self._folder is not None:
+            write_sealed(self._path(material_id), key, material_id, server_parts(contents))
         with self._lock:
-            entry = self._entries.get(material.material_id)
-            if entry is None:
-                raise MaterialError("the reservation of this material has expired")
-            entry.material = material
+            self._memory[material_id] = Material(material_id, plan, contents)
+            self._memory_bytes += plan.server_material_bytes
+            while self._folder is not None and self._memory_bytes > self._memory_limit:
+                _, oldest = self._memory.popitem(last=False)
+                self._memory_bytes -= oldest.plan.server_material_bytes
+        if not self._state.mark_ready(material_id, self._state.clock() + self._lifetime):
+            self._forget(material_id)
+            raise MaterialError("the reservation of this material has expired")
 
-    def release(self, material_id: bytes) -> None:
-        """Give up a reservation or material; never fails."""
-        with self._lock:
-            entry = self._entries.pop(material_id, None)
-            self._mark(material_id)
-        if entry is not None and entry.material is not None:
-            entry.material.destroy()
-
-    def take(self, material_id: bytes, client_secret: bytes, model_id: str) -> Material[ServerContents]:
-        """The material, once, for the client that prepared it. Raises MaterialError."""
+    def take(self, material_id: bytes, client_secret: bytes, model_id: str, make_plan: Callable[[int], Plan]) -> Material[ServerContents]:
+        """The material, once, for the client that prepared it. make_plan: from a batch size. Raises MaterialError."""
         hint = "preprocess again; material is used once"
-        with self._lock:
-            self._sweep()
-            if material_id in self._spent:
-                raise MaterialError("this preprocessing material has been used or discarded", hint)
-            entry = self._entries.get(material_id)
-            if entry is None or not hmac.compare_digest(hashlib.sha256(client_secret).digest(), entry.client_id):
-                raise MaterialError("this preprocessing material is unknown here, or expired", hint)
-            if entry.model_id != model_id:
-                raise MaterialError("this preprocessing material belongs to another model", hint)
-            if entry.material is None:
-                raise MaterialError("this preprocessing material is not ready", hint)
-            del self._entries[material_id]
-            self._mark(material_id)
-        return entry.material
+        row = self._state.find_material(material_id)
+        if row is None or not hmac.compare_digest(hashlib.sha256(client_secret).digest(), row.client_id):
+            raise MaterialError("this preprocessing material is unknown here, or expired", hint)
+        if row.model_id != model_id:
+            raise MaterialError("this preprocessing material belongs to another model", hint)
+        if row.state == "reserved":
+            raise MaterialError("this preprocessing material is not ready", hint)
+        if row.expires < self._state.clock():
+            self.release(material_id)
+            raise MaterialError("this preprocessing material has expired", hint)
+        key = self._state.spend(material_id)  # from here on it is spent, whatever happens
+        material = self._remembered(material_id)
+        if key is None:
+            raise MaterialError("this preprocessing material has been used or discarded", hint)
+        try:
+            if material is not None:
+                return material
+            plan = make_plan(row.batch)
+            if self._folder is None:
+                raise MaterialError("this preprocessing material is gone", hint)
+            return Material(material_id, plan, read_server(plan, read_sealed(self._path(material_id), key, material_id)))
+        finally:
+            self._forget(material_id)
 
     def discard(self, material_id: bytes, client_secret: bytes) -> None:
         """Destroy a material of this client's; ids of others and unknown ones are ignored."""
-        with self._lock:
-            entry = self._entries.get(material_id)
-            mine = entry is not None and hmac.compare_digest(hashlib.sha256(client_secret).digest(), entry.client_id)
-        if mine:
+        row = self._state.find_material(material_id)
+        if row is not None and hmac.compare_digest(hashlib.sha256(client_secret).digest(), row.client_id):
             self.release(material_id)
 
-    def __len__(self) -> int:
+    def release(self, material_id: bytes) -> None:
+        """Give up a reservation or material."""
+        self._state.drop_material(material_id)
+        self._forget(material_id)
+
+    def revoke(self, identity: str) -> int:
+        """Destroy all materials of a client; how many there were."""
+        gone = self._state.drop_materials_of(identity)
+        for material_id in gone:
+            self._forget(material_id)
+        return len(gone)
+
+    def sweep(self) -> None:
+        """Destroy what has expired."""
+        for material_id in self._state.expire_materials():
+            self._forget(material_id)
+
+    def bytes_used(self) -> int:
+        """Of all materials, prepared or in preparation."""
+        return self._state.material_bytes()
+
+    def _path(self, material_id: bytes) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{material_id.hex()}.material"
+
+    def _remembered(self, material_id: bytes) -> Material[ServerContents] | None:
         with self._lock:
-            return len(self._entries)
+            material = self._memory.pop(material_id, None)
+            if material is not None:
+                self._memory_bytes -= material.plan.server_material_bytes
+        return material
 
-    def _mark(self, material_id: bytes) -> None:
-        self._spent[material_id] = None
-        while len(self._spent) > REMEMBERED:  # ids are random and never chosen again: forgetting only blurs the message
-            self._spent.popitem(last=False)
+    def _forget(self, material_id: bytes) -> None:
+        """Remove what this process and the disk still hold; the key is destroyed already."""
+        self._keys.pop(material_id, None)
+        material = self._remembered(material_id)
+        if material is not None:
+            material.destroy()
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._path(material_id).unlink(missing_ok=True)
 
-    def _sweep(self) -> None:
-        now = time.monotonic()
-        for material_id in [k for k, e in self._entries.items() if e.expires < now]:
-            entry = self._entries.pop(material_id)
-            self._mark(material_id)
-            if entry.material is not None:
-                entry.material.destroy()
+    def _remove_strays(self) -> None:
+        """Files that no material of the database belongs to: of a process that died between two steps."""
+        assert self._folder is not None
+        for path in self._folder.glob("*.material"):
+            row = self._state.find_material(bytes.fromhex(path.stem))
+            if row is None or row.state == "spent":
+                path.unlink(missing_ok=True)

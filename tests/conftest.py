@@ -17,9 +17,15 @@ from model_opt.activation import partial_activations, replace_relus
 from model_opt.compiler import compile_model
 from protocol import relucent_pb2_grpc as rpc
 from protocol.model import Model
-from protocol.transport import OPTIONS, connect
+from protocol.plan import make_plan
+from protocol.transport import OPTIONS, Security, connect, listen
+from server.catalogue import Catalogue
 from server.dealer import DealerService
-from server.service import InferenceService
+from server.metrics import Metrics
+from server.service import Access, InferenceService, Limits
+from server.sessions import Sessions
+from server.state import State
+from server.stock import Stock
 
 CLASSES = tuple("abcdefghij")
 SHAPE = (3, 8, 8)
@@ -94,6 +100,9 @@ def mixed_model(images: Tensor) -> Model:
     return build_compiled(make_network(True), images.float())
 
 
+PLAINTEXT = Security(insecure=True)
+
+
 @dataclass
 class Services:
     """A dealer and a server in this process."""
@@ -101,6 +110,10 @@ class Services:
     server_address: str
     dealer_address: str
     service: InferenceService
+    catalogue: Catalogue
+    stock: Stock
+    state: State
+    sessions: Sessions
     dealer: DealerService
     dealer_server: grpc.Server
     inference_server: grpc.Server
@@ -109,30 +122,42 @@ class Services:
     def client(self, **options: float) -> Client:
         return Client(self.server_address, self.dealer_address, insecure=True, cache=self.cache, timeout_s=options.get("timeout_s", 30))
 
+    def materials(self) -> int:
+        """Prepared or in preparation."""
+        return self.stock.bytes_used() // make_plan(self.catalogue.models()[0].public, 1).server_material_bytes
+
 
 def start(add: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
     server = grpc.server(ThreadPoolExecutor(32), options=OPTIONS)
     add(server)
-    port = server.add_insecure_port(address)
+    address = listen(server, address, PLAINTEXT)
     server.start()
-    return server, f"127.0.0.1:{port}"
+    return server, address
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
-    """serve(model, **options of InferenceService) -> Services, stopped after the test."""
+    """serve(model, **options of Stock, Limits and Sessions) -> Services, stopped after the test."""
     started: list[Services] = []
 
-    def run(model: Model, **options: float) -> Services:
-        dealer = DealerService()
+    def run(*models: Model, stock_bytes: int = 4 << 30, client_bytes: int = 4 << 30, lifetime_s: float = 3600.0, slots: int = 4,
+            client_slots: int = 4, waiting: int = 64, wait_s: float = 30.0, folder: Path | None = None, url: str = "sqlite://",
+            **limits: float) -> Services:
+        dealer = DealerService(plaintext=True)
         dealer_server, dealer_address = start(lambda s: rpc.add_DealingServicer_to_server(dealer, s))
-        service = InferenceService(model, connect(dealer_address, True), **options)  # type: ignore[arg-type]
-        service.register(10)
+        state = State(url, bytes(32))
+        catalogue = Catalogue(connect(dealer_address, PLAINTEXT), state, 600.0)
+        catalogue.replace(list(models), 10)
+        stock = Stock(state, folder=folder, limit_bytes=stock_bytes, client_bytes=client_bytes, lifetime_s=lifetime_s)
+        sessions = Sessions(slots, client_slots, waiting, waiting, wait_s)
+        service = InferenceService(catalogue, stock, Access(state, True), sessions, Metrics("server"), Limits(**limits))  # type: ignore[arg-type]
         server, address = start(lambda s: rpc.add_InferenceServicer_to_server(service, s))
-        started.append(Services(address, dealer_address, service, dealer, dealer_server, server, tmp_path / "cache"))
+        started.append(Services(address, dealer_address, service, catalogue, stock, state, sessions, dealer, dealer_server, server,
+                                tmp_path / "cache"))
         return started[-1]
 
     yield run
     for services in started:
         services.inference_server.stop(0)
         services.dealer_server.stop(0)
+        services.state.close()

@@ -70,7 +70,8 @@ def test_client_mistakes(roles: Roles, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     mistake(program("client", "classify", tmp_path / "text.png", *peers, "--insecure"), 2, "no readable image", "hint")
     mistake(program("client", "classify", tmp_path / "none.png", *peers, "--insecure"), 2, "does not exist")
-    mistake(program("client", "classify", image(tmp_path), *peers), 2, "--insecure")
+    mistake(program("client", "classify", image(tmp_path), *peers), 1, "no secure connection", "hint")
+    mistake(program("client", "classify", image(tmp_path), *peers, "--insecure", "--certificate", "a", "--key", "b"), 2, "plaintext")
     nowhere = ["--server", "127.0.0.1:9", "--dealer", "127.0.0.1:9", "--insecure"]
     mistake(program("client", "classify", image(tmp_path), *nowhere), 1, "unreachable", "hint")
     swapped = ["--server", roles.dealer, "--dealer", roles.server, "--insecure"]
@@ -88,7 +89,7 @@ def test_server_mistakes(roles: Roles, tmp_path: Path, model_path: Path) -> None
     (tmp_path / "newer").write_bytes(changed)
     mistake(program("server", "serve", tmp_path / "newer", *options), 2, "version 7")
     mistake(program("server", "serve", tmp_path / "none", *options), 2, "missing")
-    mistake(program("server", "serve", model_path, "--dealer", roles.dealer), 2, "plaintext")
+    mistake(program("server", "serve", model_path, "--dealer", roles.dealer), 2, "no certificate", "--help")
     mistake(program("server", "serve", model_path, "--dealer", roles.dealer, "--insecure", "--listen", roles.server), 1, "cannot listen")
 
 
@@ -119,11 +120,8 @@ def test_opt_mistakes(tmp_path: Path, model_path: Path) -> None:
     mistake(program("opt", "compile", tmp_path / "none", "--out", tmp_path / "o"), 2, "does not exist")
 
 
-def limited_disk() -> None:
-    """Files of this process may not grow beyond 20 kB: every larger write fails as on a full disk."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+LIMITED_DISK = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+"""Files of this process may not grow beyond 20 kB: every larger write fails as on a full disk."""
 
 
 def test_full_disk_while_training_keeps_the_old_checkpoint(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_full_disk_while_training_keeps_the_old_checkpoint(tmp_path: Path) -> No
         "from model_opt.training import *; from tests.samples import learnable; from model_opt.networks import build\n"
         f"fit(build('resnet18', 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), __import__('pathlib').Path({str(run)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, preexec_fn=limited_disk)
+    done = subprocess.run([sys.executable, "-c", LIMITED_DISK + code], capture_output=True, text=True, timeout=120)
     assert "TrainingError: cannot write" in done.stderr, done.stderr
     assert list(run.iterdir()) == []  # nothing half-written
 
@@ -148,12 +146,12 @@ def test_full_disk_while_compiling(tmp_path: Path) -> None:
 
     write_cifar(tmp_path)
     (tmp_path / "n").write_bytes(serialise_network(build("resnet18", 4), network_info()))
-    command = [sys.executable, "-c", "from model_opt.cli import app; app()", "compile", str(tmp_path / "n"), "--data", str(tmp_path),
-               "--images", "2", "--out", str(tmp_path / "o" / "m")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limited_disk)
+    run = "from model_opt.cli import app; app()"
+    options = ["compile", str(tmp_path / "n"), "--data", str(tmp_path), "--images", "2", "--out", str(tmp_path / "o" / "m")]
+    done = subprocess.run([sys.executable, "-c", LIMITED_DISK + run, *options], capture_output=True, text=True, timeout=120)
     mistake(done, 2, "cannot write")
     assert list((tmp_path / "o").iterdir()) == []
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", run, *options], capture_output=True, timeout=120).returncode == 0
 
 
 def test_latency_prints_every_figure(model_path: Path) -> None:

