@@ -13,6 +13,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install -q $(PIP_ARGS) "torch==2.13.0"
 	$(BIN)/pip install -q $(PIP_ARGS) -e ".[dev]"
 	$(BIN)/pip install -q --no-deps "crypten==0.4.1"
+	rm -rf $(VENV)/lib/python3*/site-packages/benchmarks  # CrypTen's wheel brings a top-level package of our benchmarks' name
 	touch $@
 
 demo: $(VENV)/installed

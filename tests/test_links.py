@@ -1,0 +1,85 @@
+"""The emulated links: round-trip time and throughput as set, and what faults on the way do to the parties."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.relay import Fault, Relay, echo_server, linked, round_trips, throughput
+from client import Client
+from protocol.errors import RelucentError
+from protocol.inference import normalise_images
+from protocol.links import LINKS, Link
+from protocol.model import Model
+from protocol.simulation import simulate
+from tests.conftest import SHAPE, Services
+
+PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, *SHAPE), dtype=np.uint8))
+Serve = Callable[..., Services]
+
+
+@pytest.mark.parametrize("name", ["lan", "wan", "mobile"])
+def test_links_are_as_set(name: str) -> None:
+    """Best of three: a busy machine can only make a link slower."""
+    link = LINKS[name]
+    with echo_server() as address, linked(address, link) as through:
+        count = 300 if link.rtt_s < 0.01 else 8
+        rtt = min(statistics.median(round_trips(through, count)) for _ in range(3))
+        assert rtt == pytest.approx(link.rtt_s, rel=0.05)
+        rate = max(throughput(through, int(link.bits_per_s / 8 * 0.4)) for _ in range(3))
+        assert rate == pytest.approx(link.bits_per_s, rel=0.05)
+
+
+def test_time_on_a_link() -> None:
+    assert LINKS["wan"].seconds(18, 10_000_000) == pytest.approx(18 * 0.08 + 0.8)
+    assert LINKS["loopback"].seconds(18, 10**9) == 0
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def after(count: int, fault: Callable[[bytes], list[bytes] | None]) -> Fault:
+    """`fault` for the piece that crosses byte `count`, nothing before, and nothing after."""
+    return lambda carried, data: fault(data) if carried <= count < carried + len(data) else [data]
+
+
+def flip(data: bytes) -> list[bytes]:
+    changed = bytearray(data)
+    changed[len(data) // 2] ^= 0x10
+    return [bytes(changed)]
+
+
+FAULTS: dict[str, Callable[[bytes], list[bytes] | None]] = {
+    "cut": lambda _: None, "drop": lambda _: [], "truncate": lambda data: [data[: len(data) // 2]], "flip": flip,
+    "repeat": lambda data: [data, data]}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("upward", [True, False])
+def test_a_faulty_link_never_gives_a_wrong_answer(name: str, upward: bool, serve: Serve, mixed_model: Model) -> None:
+    """Somewhere in the traffic something is cut, lost, changed or repeated: an error in time, or the right answer.
+
+    Without TLS a changed byte inside a share is not noticed by anybody; with it every change is. So the relay sits where TLS
+    would end for "flip", and only the promise about time and clean recovery is checked there.
+    """
+    services = serve(mixed_model, timeout_s=8, idle_s=4)
+    expected = simulate(mixed_model, normalise_images(PIXELS, mixed_model.public))
+    rng = random.Random(f"{name}{upward}")
+    for _ in range(4):
+        fault = after(rng.randrange(200, 60_000), FAULTS[name])
+        with Relay(services.server_address, Link("none", 0.0, 0.0), up_fault=fault if upward else None,
+                   down_fault=None if upward else fault) as relay:
+            try:
+                with Client(relay.address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=8) as client:
+                    got = torch.tensor([p.logits for p in client.predict(PIXELS)], dtype=torch.float64)
+            except RelucentError:
+                continue
+            assert name == "flip" or float((got - expected).abs().max()) < 0.01
+    with services.client() as client:  # and the service goes on
+        got = torch.tensor([p.logits for p in client.predict(PIXELS)], dtype=torch.float64)
+        assert float((got - expected).abs().max()) < 0.01
