@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +16,17 @@ from rich.table import Table
 from benchmarks.accuracy import measure_accuracy
 from benchmarks.demo import MODEL, demo_images
 from benchmarks.demo import demo as run_demo
-from benchmarks.latency import measure
+from benchmarks.latency import measure, run_side_by_side
+from benchmarks.load import measure_load
 from benchmarks.networks import random_model
+from benchmarks.peers.run import PEERS
+from benchmarks.processes import commit, environment
+from benchmarks.report import make_report
+from benchmarks.sweep import run_sweep
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
-from protocol.errors import InputError
+from protocol.errors import InputError, StorageError
+from protocol.links import LINKS
 from protocol.model import load
 from protocol.terminal import exit_on_error
 
@@ -65,10 +73,13 @@ def latency(
     relus: Annotated[str, typer.Option(help="Its ReLUs, or 'all'; squares elsewhere.")] = "12900",
     batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 1,
     runs: Annotated[int, typer.Option(help="Measured runs; one more warms up.", min=1)] = 7,
-    crypten: Annotated[bool, typer.Option(help="Also run the graph on CrypTen.")] = True,
+    crypten: Annotated[bool, typer.Option(help="Also run the graph on CrypTen (batch 1).")] = True,
+    link: Annotated[str, typer.Option(help="Between client and the others: loopback, lan, wan, mobile.")] = "loopback",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Private inference in three processes on loopback, beside plaintext PyTorch and CrypTen."""
+    """Private inference in three processes, beside plaintext PyTorch and CrypTen."""
+    if link not in LINKS:
+        raise InputError(f"unknown link {link!r}", f"known are {', '.join(LINKS)}")
     console = Console(stderr=True)
     pixels = None  # noise, which random networks are calibrated on; a trained one is used on real images only
     with Status("making the network", console=console) as status:
@@ -82,7 +93,8 @@ def latency(
                 loaded = random_model(network, width, None if relus == "all" else int(relus))
             except ValueError as error:
                 raise InputError(str(error)) from error
-        result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update, images=pixels)
+        result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update, images=pixels,
+                         link=LINKS[link])
     if as_json:
         print(json.dumps(result))
     else:
@@ -118,6 +130,101 @@ def accuracy(
                     "private_fixed_point_agreement"):
             print(f"{key.replace('_', ' ')}: {result[key]:.2%}")
         print(f"largest difference of private and fixed-point logits: {result['max_abs_error']:.5f}")
+
+
+def _numbers(text: str, what: str, words: dict[str, int | None] | None = None) -> list[int | None]:
+    try:
+        return [(words or {})[part] if part in (words or {}) else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{what} {text!r} is no list of numbers", "separate them with commas") from error
+
+
+def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    result |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": "relucent-bench " + " ".join(sys.argv[1:]), "commit": commit()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}", "free some space, or name another file") from error
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"wrote {out}; `relucent-bench report` draws it")
+
+
+RESULTS = Path("benchmarks/results")
+AsJson = Annotated[bool, typer.Option("--json", help="Also print the JSON.")]
+
+
+@app.command()
+@exit_on_error("relucent-bench")
+def sweep(
+    relus: Annotated[str, typer.Option(help="ReLU counts; 'all' keeps all. The first is the base.")] = "12900,0,1000,6000,50000,100000,all",
+    network: Annotated[str, typer.Option(help="Architecture.")] = "resnet18",
+    widths: Annotated[str, typer.Option(help="Channels of the first stage; the first is the base.")] = "64,32,16",
+    batches: Annotated[str, typer.Option(help="Images in one inference; the first is the base.")] = "1,8,32",
+    links: Annotated[str, typer.Option(help="loopback, lan, wan, mobile; the first is the base.")] = "loopback,lan,wan,mobile",
+    runs: Annotated[int, typer.Option(help="Measured runs of each; one more warms up.", min=1)] = 7,
+    out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "sweep.json",
+    as_json: AsJson = False,
+) -> None:
+    """Vary ReLUs (on every link), width and batch around one network; fit what a ReLU costs."""
+    names = links.split(",")
+    if unknown := [n for n in names if n not in LINKS]:
+        raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")
+    with Status("starting", console=Console(stderr=True)) as status:
+        try:
+            result = run_sweep(network, [n for n in _numbers(widths, "--widths") if n], _numbers(relus, "--relus", {"all": None}),
+                               [n for n in _numbers(batches, "--batches") if n], names, runs, status.update)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    _store(result | environment(), out, as_json)
+
+
+@app.command()
+@exit_on_error("relucent-bench")
+def peers(
+    names: Annotated[str, typer.Option("--peers", help=f"Of {', '.join(PEERS)}.")] = ",".join(PEERS),
+    width: Annotated[int, typer.Option(help="Width of the random ResNet-18.")] = 64,
+    relus: Annotated[int, typer.Option(help="Its ReLUs; squares elsewhere.", min=0)] = 12900,
+    model: Annotated[Path | None, typer.Option(help="Compiled model instead.")] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "peers.json",
+    as_json: AsJson = False,
+) -> None:
+    """Ours beside other engines, one after another on this machine; each is installed into an environment of its own."""
+    with Status("making the network", console=Console(stderr=True)) as status:
+        loaded = load(model) if model is not None else random_model("resnet18", width, relus)
+        result = run_side_by_side(loaded, names.split(","), runs, status.update)
+    _store(result, out, as_json)
+
+
+@app.command("load")
+@exit_on_error("relucent-bench")
+def load_test(
+    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16",
+    seconds: Annotated[float, typer.Option(help="Of measuring for each.", min=1)] = 30.0,
+    processes: Annotated[int, typer.Option(help="Processes of the server.", min=1)] = 1,
+    model: Annotated[Path, typer.Option(help="Compiled model.")] = MODEL,
+    out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "load.json",
+    as_json: AsJson = False,
+) -> None:
+    """Throughput and latency with many clients at once, preprocessing included."""
+    with Status("starting", console=Console(stderr=True)) as status:
+        result = measure_load(model, [n for n in _numbers(clients, "--clients") if n], seconds, processes, status.update)
+    _store(result, out, as_json)
+
+
+@app.command()
+@exit_on_error("relucent-bench")
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of stored results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and the plots.")] = RESULTS / "report",
+    readme: Annotated[Path | None, typer.Option(help="Also put the tables between the marks of this file.")] = None,
+) -> None:
+    """Turn stored results into one HTML page, PNG plots, and the README's tables."""
+    for path in make_report(results, out, readme):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
     images = np.load(path, allow_pickle=False)
     batch = images.shape[1]
     online, preprocessing, logits = [], [], []
-    with Client(server, dealer, insecure=True, cache=Path(sys.argv[5]) if len(sys.argv) > 5 else None) as client:
+    with Client(server, dealer, insecure=True, cache=Path(sys.argv[5]) if len(sys.argv) > 5 else None, timeline=True) as client:
         for run in range(int(runs)):
             client.preprocess(1, batch)
             result = client.predict(images[run % len(images)])

@@ -69,8 +69,8 @@ def serving(model: Path, *options: str) -> Iterator[Roles]:
         try:
             base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1"]
             dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
-            server, server_address = _start("server", [*base[:1], str(model), *base[1:], "--dealer", dealer_address, *options],
-                                            Path(folder) / "server.log", running)
+            arguments = [*base[:1], str(model), *base[1:], "--timelines", "--dealer", dealer_address, *options]
+            server, server_address = _start("server", arguments, Path(folder) / "server.log", running)
             yield Roles(server_address, dealer_address, server.pid, dealer.pid)
         finally:
             for process in running:
@@ -83,6 +83,19 @@ def serving(model: Path, *options: str) -> Iterator[Roles]:
                     process.wait()
                 if process.stdout is not None:
                     process.stdout.close()
+
+
+def commit() -> str:
+    """The checked-out commit, with a plus if files have changed; empty outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def environment() -> dict[str, object]:

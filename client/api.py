@@ -32,7 +32,8 @@ from protocol.online import online_client
 from protocol.plan import Plan, make_plan, weight_shapes
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
-from protocol.transport import RequestQueue, Security, connect, next_message, translate
+from protocol.timeline import Timeline
+from protocol.transport import TIMELINE_KEY, RequestQueue, Security, connect, next_message, translate, unpack_timeline
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -72,7 +73,8 @@ class ModelSummary:
 class PhaseCost:
     """Time and traffic of one phase, protobuf and gRPC framing included. Bytes as this client saw them.
 
-    dealer_to_server_bytes: as the server reported them; preprocessing only.
+    dealer_to_server_bytes: as the server reported them; preprocessing only. timeline, server_timeline: milliseconds by layer and
+    kind (`protocol.timeline`), online only, if the client was made with `timeline`, and the server allows it.
     """
 
     seconds: float
@@ -81,6 +83,8 @@ class PhaseCost:
     rounds: int = 0
     dealer_bytes: int = 0
     dealer_to_server_bytes: int = 0
+    timeline: tuple[dict[str, Any], ...] = ()
+    server_timeline: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,15 +116,15 @@ class Client:
             key: files; one of them says who this client is. insecure: plaintext transport, on trusted networks only.
         model: name of the model; "" for the server's default.
         cache: folder for Delta; None for the user's cache folder.
-        timeout_s: deadline of every call.
+        timeout_s: deadline of every call. timeline: record where the time of the online phase goes.
 
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
     """
 
     def __init__(self, server: str, dealer: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None,
                  key: Path | None = None, insecure: bool = False, model: str = "", cache: Path | None = None,
-                 timeout_s: float = 300.0) -> None:
-        self._timeout_s, self._model_name = timeout_s, model
+                 timeout_s: float = 300.0, timeline: bool = False) -> None:
+        self._timeout_s, self._model_name, self._timed = timeout_s, model, timeline
         # the dealer is shown neither token nor certificate: it needs no more than the proof for each material
         self._channels = [connect(server, Security(ca, certificate, key, token, insecure)),
                           connect(dealer, Security(ca, insecure=insecure))]
@@ -332,17 +336,20 @@ class Client:
         if not self.prepared(batch):
             self.preprocess(1, batch)
         started = time.perf_counter()
+        timeline = Timeline(time.perf_counter if self._timed else None)
         x_ring = encode_images(images, self.model)
         prepared = self._stock[batch].popleft()
         plan = prepared.material.plan
         up: RequestQueue[pb.InferUp] = RequestQueue()
         up.put(pb.InferUp(open=pb.InferOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id,
-                                            material_id=prepared.material.material_id, client_secret=prepared.secret)))
+                                            material_id=prepared.material.material_id, client_secret=prepared.secret,
+                                            timeline=self._timed)))
         replies = self._server.Infer(iter(up), timeout=self._timeout_s)
         sender = ChunkSender(lambda chunk: up.put(pb.InferUp(chunk=chunk)))
         receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
         try:
-            result = online_client(prepared.material, x_ring, Duplex(sender, receiver))
+            timeline.lap("setup")
+            result = online_client(prepared.material, x_ring, Duplex(sender, receiver), timeline)
         except (MaterialError, ModelMismatch):  # the server has restarted, or dropped material: what is left is as stale
             self._drop_stock()
             raise
@@ -353,5 +360,7 @@ class Client:
             up.close()
             prepared.material.destroy()
         seconds = time.perf_counter() - started
-        self.last_online = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds)
+        theirs = [v for k, v in replies.trailing_metadata() or () if k == TIMELINE_KEY and isinstance(v, bytes)] if self._timed else []
+        self.last_online = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
+                                     server_timeline=tuple(unpack_timeline(theirs[0])) if theirs else ())
         return ring.decode(result, plan.output_scale)

@@ -43,6 +43,8 @@ Batch = Annotated[int, typer.Option(help="Images per step.", min=2)]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the weights.", min=0)]
 Schedule = Annotated[str, typer.Option(help="one-cycle (warm-up, then cosine) or cosine.")]
 Ema = Annotated[float, typer.Option(help="Decay per step of an average of the weights; 0 for none.", min=0, max=0.9999)]
+Shift = Annotated[float, typer.Option(help="Augmentation: largest shift, as a fraction of the side.", min=0, max=0.5)]
+Cutout = Annotated[float, typer.Option(help="Augmentation: side of the hole, as a fraction of the side; 0 for none.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")]
 Distil = Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")]
 Link = Annotated[str, typer.Option(help="Link of --target-ms: loopback, lan, wan, mobile.")]
@@ -126,7 +128,8 @@ def _run_method(method: str, budget: int, options: dict[str, Any], teacher: nn.M
     result = methods.reduce(teacher, method=method, budget=budget, data=splits, recipe=recipe, folder=folder, distil=distil,
                             rebuild=_rebuild(info), **options)
     made_by = {"command": "reduce", "method": method, "budget": budget, "relus": result.relus, "total": total, "epochs": recipe.epochs,
-               "batch": recipe.batch, "lr": recipe.lr, "distil": distil, "seed": recipe.seed, "options": options,
+               "batch": recipe.batch, "lr": recipe.lr, "shift": recipe.shift, "cutout": recipe.cutout, "distil": distil,
+               "seed": recipe.seed, "options": options,
                "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "hardware": describe_hardware(),
                "details": result.details}
     return result, made_by
@@ -152,6 +155,8 @@ def train(
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
     ema: Ema = 0.0,
     start_size: Annotated[int, typer.Option(help="Side of the images at first; they grow to full size. 0: full throughout.", min=0)] = 0,
+    shift: Shift = data.SHIFT,
+    cutout: Cutout = data.CUTOUT,
     seed: Seed = 0,
     run: Run = None,
     download: Download = False,
@@ -166,14 +171,15 @@ def train(
     except ValueError as error:
         raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
-                     start_size=start_size, seed=seed)
+                     start_size=start_size, shift=shift, cutout=cutout, seed=seed)
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, label="train",
                 settings={"network": network, "width": width, "data": source.name})
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
-               "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "seed": seed, "validation_accuracy": score,
+               "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "shift": shift, "cutout": cutout,
+               "seed": seed, "validation_accuracy": score,
                "minutes": minutes_spent(where), "hardware": describe_hardware()}
     info = files.NetworkInfo(network, width, source.classes, training.shape, source.mean, source.std, False, made_by)
     _write(out, files.serialise_network(model, info))
@@ -199,6 +205,8 @@ def reduce(
     schedule: Schedule = "one-cycle",
     ema: Ema = 0.0,
     distil: Distil = True,
+    shift: Shift = data.SHIFT,
+    cutout: Cutout = data.CUTOUT,
     seed: Seed = 0,
     run: Run = None,
     download: Download = False,
@@ -214,7 +222,7 @@ def reduce(
     budget = total if budget is None else budget
     methods.check_budget(budget, total)
     splits = _fitting(_open(folder, dataset, image_size, download), info, teacher)
-    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, seed=seed)
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
     result, made_by = _run_method(method, budget, options, parent, info, splits, recipe, run or Path("runs") / out.stem, distil)
     if world()[0] > 0:
         return
@@ -242,6 +250,8 @@ def pareto(
     epochs: Epochs = 15,
     batch: Batch = 256,
     lr: Rate = 0.05,
+    shift: Shift = data.SHIFT,
+    cutout: Cutout = data.CUTOUT,
     distil: Distil = True,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0",
     test: Annotated[bool, typer.Option("--test", help="Also measure each network on the test images, once.")] = False,
@@ -266,7 +276,7 @@ def pareto(
             for seed in numbers:
                 stem = f"{label.replace(':', '-').replace(',', '-').replace('=', '_')}-{count}-{seed}"
                 network, facts = out / f"{stem}.safetensors", out / f"{stem}.json"
-                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, seed=seed)
+                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, seed=seed)
                 if not facts.is_file():
                     result, made_by = _run_method(method, count, options, parent, info, splits, recipe, out / "runs" / stem, distil)
                     reduced = _reduced_info(info, result, made_by)

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PADDING = 8
-"""An image is shifted by up to 1/PADDING of its side."""
-CUTOUT = 4
-"""The side of the hole is 1/CUTOUT of the image's."""
+SHIFT, CUTOUT = 0.125, 0.25
+"""How far an image is shifted at most, and the side of the hole, as fractions of its side."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,13 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images.float() - torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255) / scale
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flip, shift by up to an eighth after reflection padding, and a square hole; an own choice for each image."""
+def augment(images: Tensor, generator: torch.Generator, shift: float = SHIFT, cutout: float = CUTOUT) -> Tensor:
+    """Random flip, shift after reflection padding, and a square hole set to zero; an own choice for each image.
+
+    shift: largest shift, cutout: side of the hole, both as fractions of the side; 0 for none.
+    """
     count, _, height, width = images.shape
-    margin, hole_side = max(height // PADDING, 1), max(height // CUTOUT, 1)
+    margin, hole_side = round(height * shift), round(height * cutout)
     padded = torch.nn.functional.pad(images, (margin,) * 4, mode="reflect")
     top, left = (torch.randint(0, 2 * margin + 1, (count, 1), generator=generator) for _ in range(2))
     flip = torch.randint(0, 2, (count, 1), generator=generator)
@@ -61,6 +62,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     index = torch.arange(count).view(-1, 1, 1)
     rows, columns, index = (t.to(images.device) for t in (rows[:, :, None], columns[:, None, :], index))
     cropped = padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
+    if not hole_side:
+        return cropped
     inside = []
     for side in (height, width):
         distance = torch.arange(side) - torch.randint(0, side, (count, 1), generator=generator) + hole_side // 2
@@ -69,7 +72,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return cropped.masked_fill(hole[:, None], 0.0)
 
 
-def batches(split: Split, size: int, generator: torch.Generator, share: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: Split, size: int, generator: torch.Generator, share: slice = slice(None), shift: float = SHIFT,
+            cutout: float = CUTOUT) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented, normalised batches; the incomplete last one is left out.
 
     share: the part of every batch that this process of several trains on; all draw the same random choices.
@@ -77,4 +81,4 @@ def batches(split: Split, size: int, generator: torch.Generator, share: slice = 
     order = torch.randperm(len(split), generator=generator).to(split.labels.device)
     for start in range(0, len(split) - size + 1, size):
         chosen = order[start : start + size]
-        yield augment(split.normalised(chosen), generator)[share], split.labels[chosen][share]
+        yield augment(split.normalised(chosen), generator, shift, cutout)[share], split.labels[chosen][share]

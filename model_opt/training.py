@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from model_opt.data import Split, batches
+from model_opt.data import CUTOUT, SHIFT, Split, batches
 
 NORM_IMAGES = 4000
 QUICK_IMAGES = 1000
@@ -48,7 +48,7 @@ class Recipe:
     hard_weight CE + soft_weight T^2 KL.
     ema: decay per step of an average of the weights that takes their place in the end; 0 for none.
     start_size: side of the training images at first, which then grows to the full one (progressive resizing: early
-    epochs on small images cost a fraction); 0 trains on full images throughout.
+    epochs on small images cost a fraction); 0 trains on full images throughout. shift, cutout: of augmentation, as in `data.augment`.
     """
 
     epochs: int
@@ -65,6 +65,8 @@ class Recipe:
     clip: float = 5.0
     ema: float = 0.0
     start_size: int = 0
+    shift: float = SHIFT
+    cutout: float = CUTOUT
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -310,7 +312,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
         for epoch in range(first, recipe.epochs):
             parallel.train()
             started, total, seen = time.monotonic(), 0.0, 0
-            for x, y in batches(train, recipe.batch, generator, share):
+            for x, y in batches(train, recipe.batch, generator, share, recipe.shift, recipe.cutout):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(step / steps) * group["scale"]
                 side = recipe.image_size(step / steps, x.shape[-1])

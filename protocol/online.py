@@ -23,6 +23,7 @@ from protocol.plan import Plan
 from protocol.preprocessing import gather, put
 from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
+from protocol.timeline import Timeline
 
 
 def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
@@ -49,8 +50,8 @@ def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
 class _ServerPass:
     """State of the server's online pass."""
 
-    def __init__(self, plan: Plan, contents: ServerContents, channel: Channel) -> None:
-        self.plan, self.channel = plan, channel
+    def __init__(self, plan: Plan, contents: ServerContents, channel: Channel, timeline: Timeline) -> None:
+        self.plan, self.channel, self.timeline = plan, channel, timeline
         self.linear, self.remask, self.activations = iter(contents.linear), iter(contents.remask), iter(contents.activations)
 
     @property
@@ -73,7 +74,9 @@ class ServerTensor(RingTensor):
         return ring.truncate_local(self.data, bits, Party.SERVER)
 
     def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        self.session.timeline.lap("elementwise")
         share = weight.map(self.data, apply)
+        self.session.timeline.lap("linear")
         share += next(self.session.linear)
         return share
 
@@ -87,13 +90,20 @@ class ServerTensor(RingTensor):
         step, batch = half.step, half.step.batch
         z = gather(self.data, layer.active, layer.all_active)
         d = z - half.opening
+        session.timeline.lap("elementwise")
         session.channel.send(ring.to_bytes(d))
+        session.timeline.lap("send")
         y = d.clone() if not step.squares else self._squares(layer, z, half.cross, constant)
+        session.timeline.lap("squares")
         if half.relu is not None:
             opened = gather(d, layer.relu_in_active, False).flatten()
             kept = relu_share(opened, half.relu, session.plan.comparison_bits, Party.SERVER)
             put(y, layer.relu_in_active, False, kept.view(batch, -1))
-        y += ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
+            session.timeline.lap("comparison")
+        answer = ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
+        session.timeline.lap("wait")
+        session.timeline.close(layer.name)
+        y += answer
         if layer.all_active:
             data = y
         else:
@@ -113,17 +123,23 @@ class ServerTensor(RingTensor):
 
 
 @torch.no_grad()
-def online_server(material: Material[ServerContents], parameters: dict[str, Weight | Constant], channel: Channel) -> None:
+def online_server(material: Material[ServerContents], parameters: dict[str, Weight | Constant], channel: Channel,
+                  timeline: Timeline | None = None) -> None:
     """The server's online phase; uses the material up. `parameters` are `simulation.server_parameters`."""
     contents, plan = material.take(), material.plan
-    state = _ServerPass(plan, contents, channel)
+    state = _ServerPass(plan, contents, channel, timeline or Timeline())
     count = torch.Size(plan.input_shape).numel()
     start = ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.input_shape)
+    state.timeline.lap("wait")
+    state.timeline.close("input")
     out = build_graph(plan.model, parameters)(ServerTensor(state, start, state.fixed_point.activation_bits, True))
+    state.timeline.lap("elementwise")
     channel.send(ring.to_bytes(out.data))
+    state.timeline.lap("send")
+    state.timeline.close("output")
 
 
-def _answer(half: ClientActivation, d: Tensor, plan: Plan) -> Tensor:
+def _answer(half: ClientActivation, d: Tensor, plan: Plan, timeline: Timeline) -> Tensor:
     """M of one activation layer from the opened d, (batch, active pixels)."""
     layer, batch = half.step.layer, half.step.batch
     if half.step.squares:
@@ -133,16 +149,19 @@ def _answer(half: ClientActivation, d: Tensor, plan: Plan) -> Tensor:
         y = ring.truncate_local(y, plan.model.fixed_point.activation_bits + layer.c2_shift, Party.CLIENT)
     else:
         y = torch.empty_like(d)
+    timeline.lap("squares")
     if half.relu is not None:
         opened = gather(d, layer.relu_in_active, False).flatten()
         kept = relu_share(opened, half.relu, plan.comparison_bits, Party.CLIENT)
         put(y, layer.relu_in_active, False, kept.view(batch, -1))
+        timeline.lap("comparison")
     y -= half.next_mask
+    timeline.lap("elementwise")
     return y
 
 
 @torch.no_grad()
-def online_client(material: Material[ClientContents], x_ring: Tensor, channel: Channel) -> Tensor:
+def online_client(material: Material[ClientContents], x_ring: Tensor, channel: Channel, timeline: Timeline | None = None) -> Tensor:
     """The client's online phase; uses the material up. Returns the logits, ring elements at `plan.output_scale`.
 
     Args:
@@ -152,9 +171,21 @@ def online_client(material: Material[ClientContents], x_ring: Tensor, channel: C
     if tuple(x_ring.shape) != plan.input_shape:  # broadcasting would put several images under one mask
         raise InputError(f"the input has shape {tuple(x_ring.shape)}, the material is for {plan.input_shape}")
     contents: ClientContents = material.take()
-    channel.send(ring.to_bytes(x_ring - contents.input_mask))
+    laps = timeline or Timeline()
+    masked = x_ring - contents.input_mask
+    laps.lap("elementwise")
+    channel.send(ring.to_bytes(masked))
+    laps.lap("send")
+    laps.close("input")
     for half in contents.activations:
         d = ring.from_bytes(channel.receive(ELEMENT_BYTES * half.step.active), (half.step.batch, -1))
-        channel.send(ring.to_bytes(_answer(half, d, plan)))
+        laps.lap("wait")
+        answer = ring.to_bytes(_answer(half, d, plan, laps))
+        channel.send(answer)
+        laps.lap("send")
+        laps.close(half.step.layer.name)
     count = torch.Size(plan.output_shape).numel()
-    return ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.output_shape) + contents.logits
+    share = ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.output_shape)
+    laps.lap("wait")
+    laps.close("output")
+    return share + contents.logits

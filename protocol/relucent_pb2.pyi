@@ -123,16 +123,18 @@ class PreprocessDown(_message.Message):
     def __init__(self, material_id: _Optional[bytes] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ...) -> None: ...
 
 class InferOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "material_id", "client_secret")
+    __slots__ = ("protocol_version", "model_id", "material_id", "client_secret", "timeline")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MATERIAL_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_SECRET_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     material_id: bytes
     client_secret: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., material_id: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ...) -> None: ...
+    timeline: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., material_id: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ..., timeline: _Optional[bool] = ...) -> None: ...
 
 class InferUp(_message.Message):
     __slots__ = ("open", "chunk")

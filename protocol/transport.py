@@ -6,11 +6,13 @@ never a traceback.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import grpc
 
 from protocol import errors
 from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch
+from protocol.timeline import Timeline
 from protocol.tls import Identity, load_ca, load_key_pair, parse_identity
 
 log = logging.getLogger("relucent")
@@ -54,6 +57,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
 }
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
 _NAME_KEY = "relucent-error"
+TIMELINE_KEY = "relucent-timeline-bin"
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
@@ -186,6 +190,23 @@ def translate(error: grpc.RpcError, peer: str) -> RelucentError:
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceLimit(f"{peer} is out of capacity, or a message was too large", "try again later")
     return PeerError(f"{peer} failed ({code.name.lower()})", "its log says more")
+
+
+def pack_timeline(timeline: Timeline) -> bytes:
+    """A timeline as the value of a call's metadata."""
+    return zlib.compress(json.dumps(timeline.describe()).encode())
+
+
+def unpack_timeline(data: bytes) -> list[dict[str, Any]]:
+    """Inverse of `pack_timeline`. Raises ProtocolViolation."""
+    try:
+        text = zlib.decompressobj().decompress(data, 1 << 20)
+        layers = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise ProtocolViolation("the server sent an unreadable timeline") from error
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise ProtocolViolation("the server sent an unreadable timeline")
+    return layers
 
 
 class RequestQueue(Generic[Outgoing]):

@@ -97,6 +97,7 @@ def serve_models(
     sessions: Annotated[int | None, typer.Option(help="Calls that compute at once.")] = None,
     client_sessions: Annotated[int | None, typer.Option(help="Of those, for one client.")] = None,
     processes: Annotated[int | None, typer.Option(help="Worker processes on one port.")] = None,
+    timelines: Annotated[bool | None, typer.Option("--timelines", help="Tell clients that ask how long the server took for what.")] = None,
     metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
     """Serve MODELS until SIGTERM; SIGHUP reads them again. Prints one line with the address once it is ready."""

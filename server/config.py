@@ -59,7 +59,8 @@ class ServerSettings(Settings):
     SQLite file there. master_key: file; default master.key in the folder.
     stock_mb: all prepared material; client_stock_mb: one client's; memory_mb: of it, in memory too. lifetime_s: of material.
     sessions: calls that compute at once, client_sessions for one client; waiting, client_waiting: calls that may wait, for wait_s.
-    timeout_s, idle_s: of a call, and between two of its messages. processes: worker processes on one port.
+    timeout_s, idle_s: of a call, and between two of its messages. timelines: tell clients that ask how long what took.
+    processes: worker processes on one port.
     """
 
     model_config = SettingsConfigDict(env_prefix="RELUCENT_SERVER_", extra="forbid")
@@ -84,6 +85,7 @@ class ServerSettings(Settings):
     wait_s: PositiveFloat = 60.0
     timeout_s: PositiveFloat = 600.0
     idle_s: PositiveFloat = 60.0
+    timelines: bool = False
     processes: int = Field(1, ge=1, le=256)
 
     @model_validator(mode="after")

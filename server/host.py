@@ -126,7 +126,7 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
     metrics = Metrics("server")
     metrics.watch("relucent_server_stock_bytes", "Prepared material, and material in preparation", stock.bytes_used)
     metrics.watch("relucent_server_sessions_waiting", "Sessions that wait for their turn", lambda: sessions.counts()[1])
-    limits = Limits(settings.max_batch, settings.timeout_s, settings.idle_s)
+    limits = Limits(settings.max_batch, settings.timeout_s, settings.idle_s, settings.timelines)
     service = InferenceService(catalogue, stock, Access(state, settings.insecure), sessions, metrics, limits)
     running = Running(settings, pb.DESCRIPTOR.services_by_name["Inference"].full_name, share_port)
     rpc.add_InferenceServicer_to_server(service, running.server)

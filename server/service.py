@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,8 +20,19 @@ from protocol.errors import AccessDenied, ModelMismatch, ProtocolViolation, Reso
 from protocol.online import online_server
 from protocol.plan import Plan
 from protocol.preprocessing import preprocess_server
+from protocol.timeline import Timeline
 from protocol.tls import ANYBODY, Identity
-from protocol.transport import abort, bearer_token, certified, is_plaintext, next_kind, run_session, time_limit
+from protocol.transport import (
+    TIMELINE_KEY,
+    abort,
+    bearer_token,
+    certified,
+    is_plaintext,
+    next_kind,
+    pack_timeline,
+    run_session,
+    time_limit,
+)
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -46,11 +58,15 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may ask for. Times in seconds: of a whole call, and between two messages."""
+    """What one call may ask for. Times in seconds: of a whole call, and between two messages.
+
+    timelines: whether a client is told, if it asks, how long the server took for what.
+    """
 
     max_batch: int = 32
     timeout_s: float = 600.0
     idle_s: float = 60.0
+    timelines: bool = False
 
 
 class Access:
@@ -202,6 +218,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         def work(identity: Identity, transmit: Callable[[Any], None]) -> None:
+            started = time.perf_counter()
             opening = next_kind(request_iterator, "open")
             check_version(opening.protocol_version)
             check_bytes(opening.material_id, ID_BYTES, "the material id")
@@ -209,7 +226,12 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
             channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(request_iterator, "chunk")))
-            online_server(material, hosted.parameters, channel)
+            timed = self._limits.timelines and opening.timeline
+            timeline = Timeline(time.perf_counter if timed else None, started)
+            timeline.lap("setup")
+            online_server(material, hosted.parameters, channel, timeline)
+            if timed:
+                context.set_trailing_metadata(((TIMELINE_KEY, pack_timeline(timeline)),))
             self._metrics.images.inc(material.plan.batch)
             self._metrics.bytes.labels("in").inc(channel.incoming.bytes)
             self._metrics.bytes.labels("out").inc(channel.outgoing.bytes)

@@ -1,0 +1,98 @@
+"""What an inference costs, as far as it is deterministic: bytes, rounds, AES blocks, copies of large tensors. Never time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.networks import random_model
+from benchmarks.sweep import AES_PER_RELU_BIT
+from protocol import dcf
+from protocol.inference import preprocess, run_online
+from protocol.model import Model
+from protocol.plan import make_plan
+from protocol.prg import Seed
+from protocol.simulation import server_parameters
+
+WIDTH, RELUS = 8, 1500
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model("resnet18", WIDTH, RELUS)
+
+
+def test_bytes_and_rounds(model: Model) -> None:
+    plan = make_plan(model.public, 1)
+    activations = 557_056 * WIDTH // 64
+    assert plan.rounds == 18
+    assert plan.online_bytes_up == 8 * (3072 + activations)
+    assert plan.online_bytes_down == 8 * (10 + activations)
+    client, server, transcript = preprocess(model, 1)
+    _, up, down = run_online(client, server, server_parameters(model), Seed.fresh().ring("x", plan.input_shape) >> 40)
+    assert (up.bytes, up.messages) == (plan.online_bytes_up, 18)
+    assert (down.bytes, down.messages) == (plan.online_bytes_down, 18)
+    keys = sum(plan.key_bytes(step) for step in plan.activations)
+    outputs = sum(torch.Size(s.shape).numel() for s in plan.steps if type(s).__name__ == "LinearStep")
+    assert transcript.dealer_to_server.bytes == 8 * outputs + keys
+    assert transcript.dealer_to_client.bytes == 8 * (activations - RELUS) + keys + 16 * RELUS
+    assert transcript.preprocessing_up.bytes == 8 * activations
+
+
+def test_aes_blocks_per_relu() -> None:
+    count, bits = 300, 19
+    alpha, payload = torch.randint(0, 1 << bits, (count,)).numpy().astype("uint64"), torch.ones(count, 2).numpy().astype("uint64")
+    keys, _ = dcf.generate(alpha, payload, bits, dcf.fresh_randomness(count))
+    hasher = dcf.Hasher(keys.hash_key)
+    dcf.evaluate(keys, alpha, hasher)
+    assert hasher.blocks == AES_PER_RELU_BIT * bits * count
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that copy at least `least` elements."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.seen = least, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        if name in ("aten.clone", "aten._to_copy", "aten.copy_", "aten.cat", "aten.index_select", "aten.index_copy_") and \
+                isinstance(result, torch.Tensor) and result.numel() >= self.least:
+            self.seen[name] += 1
+        return result
+
+
+def test_copies_of_large_tensors(model: Model) -> None:
+    """Online, both parties: nothing of a layer's size is copied but what mixes ReLUs into squares, and the limbs of large kernels."""
+    plan = make_plan(model.public, 1)
+    client, server, _ = preprocess(model, 1)
+    parameters = server_parameters(model)
+    x_ring = Seed.fresh().ring("x", plan.input_shape) >> 40
+    with Copies(WIDTH * 1024) as copies:
+        _count_in_threads(copies, lambda: run_online(client, server, parameters, x_ring))
+    large = sum(1 for step in plan.activations if step.active >= WIDTH * 1024)
+    assert large == 5
+    assert sum(copies.seen.values()) <= 2 * large, dict(copies.seen)
+
+
+def _count_in_threads(mode: Copies, work: Any) -> None:
+    """A dispatch mode holds for its own thread: enter it in the server's thread too."""
+    import threading
+
+    original = threading.Thread.run
+
+    def run(self: threading.Thread) -> None:
+        with mode:
+            original(self)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        threading.Thread.run = original  # type: ignore[method-assign]
