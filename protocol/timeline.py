@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 KINDS = ("setup", "linear", "elementwise", "squares", "comparison", "send", "wait")
-"""Until the first message, opening of the call and taking of material included; private maps; truncation, masks and copies; squares; DCF evaluation; handing messages over; waiting for the peer."""
+"""Until the first message, opening of the call and taking of material included; private maps; truncation, masks and copies; squares;
+DCF evaluation; handing messages over; waiting for the peer."""
 
 
 class Timeline:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ class State:
     def __init__(self, url: str, master_key: bytes, clock: Callable[[], float] = time.time) -> None:
         self.clock, self._master_key = clock, master_key
         try:
-            if url == "sqlite://":
+            self._one_at_a_time: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            if url == "sqlite://":  # one connection for all threads
+                self._one_at_a_time = threading.Lock()
                 self.engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
             else:
                 self.engine = create_engine(url, pool_pre_ping=True)
@@ -122,7 +125,7 @@ class State:
     def run(self, work: Callable[[Any], Any]) -> Any:
         """`work(connection)` in one transaction, durable when this returns."""
         try:
-            with self.engine.begin() as connection:
+            with self._one_at_a_time, self.engine.begin() as connection:
                 return work(connection)
         except IntegrityError:
             raise
