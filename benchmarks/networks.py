@@ -16,7 +16,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @torch.no_grad()
 def random_model(network: str, width: int, relus: int | None, seed: int = 0) -> Model:
-    """A compiled random network with exactly `relus` ReLUs at random pixels and squares elsewhere; None keeps all.
+    """A compiled random network with exactly `relus` ReLUs at random pixels and squares elsewhere; None keeps all. 8-bit weights.
 
     BatchNorm statistics and polynomials are fitted layer by layer on noise, so that values stay in range. Raises
     BudgetError, ValueError.
@@ -48,4 +48,5 @@ def random_model(network: str, width: int, relus: int | None, seed: int = 0) -> 
         for hook in hooks:
             hook.remove()
     name = f"{network}-w{width}-random-{'all' if relus is None else relus}"
-    return compile_model(model, images[:32], name=name, classes=tuple(f"class{i}" for i in range(10)), mean=MEAN, std=STD)
+    return compile_model(model, images[:32], name=name, classes=tuple(f"class{i}" for i in range(10)), mean=MEAN, std=STD,
+                         eight_bits=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from protocol.online import online_client, online_server
 from protocol.plan import Plan, make_plan
 from protocol.preprocessing import preprocess_client, preprocess_server
 from protocol.prg import Seed
-from protocol.simulation import server_parameters
-from protocol.tensor import Constant, Weight
+from protocol.simulation import server_graph
 
 
 def make_delta(model: Model, masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def preprocess(model: Model, batch: int) -> tuple[Material[ClientContents], Mate
     return Material(name, plan, client), Material(name, plan, server), transcript
 
 
-def run_online(client: Material[ClientContents], server: Material[ServerContents], parameters: dict[str, Weight | Constant],
+def run_online(client: Material[ClientContents], server: Material[ServerContents], graph: Any,
                x_ring: Tensor) -> tuple[Tensor, MemoryPipe, MemoryPipe]:
     """The online phase, client and server in two threads: logits in the ring, and what went up and down."""
     client_end, server_end = memory_pair()
@@ -80,7 +80,7 @@ def run_online(client: Material[ClientContents], server: Material[ServerContents
 
     def serve(channel: MemoryChannel) -> None:
         try:
-            online_server(server, parameters, channel)
+            online_server(server, graph, channel)
         except BaseException as error:
             failure.append(error)
             channel.outgoing.close()
@@ -100,5 +100,5 @@ def infer(model: Model, x_float: Tensor) -> Transcript:
     """One private inference on normalised images (batch, *input_shape)."""
     client, server, dealt = preprocess(model, len(x_float))
     x_ring = ring.encode(x_float, model.public.fixed_point.activation_bits)
-    logits, up, down = run_online(client, server, server_parameters(model), x_ring)
+    logits, up, down = run_online(client, server, server_graph(model), x_ring)
     return replace(dealt, logits=ring.decode(logits, dealt.plan.output_scale), online_up=up, online_down=down)

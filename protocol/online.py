@@ -8,6 +8,7 @@ uniform ring elements only; the logits are revealed to the client alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from protocol import dcf, ring
 from protocol.channel import Channel
-from protocol.crypten_adapter import build_graph, register_cryptensor
+from protocol.crypten_adapter import register_cryptensor
 from protocol.errors import InputError
 from protocol.material import ClientActivation, ClientContents, Material, ReluShare, ServerContents
 from protocol.model import ActivationLayer, FixedPoint
@@ -123,16 +124,15 @@ class ServerTensor(RingTensor):
 
 
 @torch.no_grad()
-def online_server(material: Material[ServerContents], parameters: dict[str, Weight | Constant], channel: Channel,
-                  timeline: Timeline | None = None) -> None:
-    """The server's online phase; uses the material up. `parameters` are `simulation.server_parameters`."""
+def online_server(material: Material[ServerContents], graph: Any, channel: Channel, timeline: Timeline | None = None) -> None:
+    """The server's online phase; uses the material up. `graph` is `simulation.server_graph`, one for all sessions."""
     contents, plan = material.take(), material.plan
     state = _ServerPass(plan, contents, channel, timeline or Timeline())
     count = torch.Size(plan.input_shape).numel()
     start = ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.input_shape)
     state.timeline.lap("wait")
     state.timeline.close("input")
-    out = build_graph(plan.model, parameters)(ServerTensor(state, start, state.fixed_point.activation_bits, True))
+    out = graph(ServerTensor(state, start, state.fixed_point.activation_bits, True))
     state.timeline.lap("elementwise")
     channel.send(ring.to_bytes(out.data))
     state.timeline.lap("send")

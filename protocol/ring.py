@@ -7,6 +7,7 @@ matrix products included.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -52,10 +53,17 @@ def truncate_nearest(value: Tensor, bits: int) -> Tensor:
     return value if bits == 0 else (value + (1 << (bits - 1))) >> bits
 
 
-def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
-           groups: int) -> Tensor:
-    """Convolution modulo 2^64. x (N, C, H, W), weight (O, C/groups, kh, kw), both int64."""
-    return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution modulo 2^64 as a function of x (N, C, H, W) and weight (O, C/groups, kh, kw), both int64."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
 LIMB_BITS = 32
@@ -87,6 +95,71 @@ def map_in_limbs(x: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Te
     result <<= LIMB_BITS
     result += both[: len(x)].long()
     return result.contiguous()
+
+
+DIGITS, DIGIT_BITS = 8, 8
+DIGIT_MIN_WEIGHTS = 1 << 15
+"""Below this many weights splitting x costs more than 8-bit products save (measured on two cores)."""
+DIGIT_CHUNK_BYTES = 6 << 20
+_BALANCE = -0x7F7F7F7F7F7F7F80
+"""0x80 in every byte: x + this, xor this, has the balanced digits of x as its bytes."""
+
+
+@dataclass(frozen=True, repr=False)
+class DigitWeight:
+    """A kernel of 8-bit integers with a step for each output channel, for `convolve_in_digits`.
+
+    matrix: int8 (kh kw C, O). step: int64 (O,). shape: of the kernel, (O, C, kh, kw).
+    """
+
+    matrix: Tensor
+    step: Tensor
+    shape: tuple[int, int, int, int]
+
+    def __repr__(self) -> str:
+        return f"DigitWeight(shape={self.shape}, <private>)"
+
+
+def digit_weight(quantised: Tensor, step: Tensor) -> DigitWeight | None:
+    """A kernel int8 (O, C, kh, kw) times step (O,), or None where digits are not exact or not faster."""
+    count = quantised[0].numel()
+    if quantised.numel() < DIGIT_MIN_WEIGHTS or count * 2 ** (2 * DIGIT_BITS - 2) >= 1 << 31:
+        return None
+    outputs, channels, rows, columns = quantised.shape
+    matrix = quantised.permute(2, 3, 1, 0).reshape(count, outputs).contiguous()
+    return DigitWeight(matrix, step.long(), (outputs, channels, rows, columns))
+
+
+def convolve_in_digits(x: Tensor, weight: DigitWeight, how: Convolution) -> Tensor:
+    """A convolution modulo 2^64 as one 8-bit matrix product over the eight balanced digits of x, exact.
+
+    The sums of products of 8-bit numbers fit 32 bits; the digits' results are joined modulo 2^64. Three times as fast as int64
+    convolution where the processor multiplies 8-bit vectors. groups and dilation must be 1.
+    """
+    count, channels, height, width = x.shape
+    outputs, _, rows, columns = weight.shape
+    (down, right), (top, left) = how.stride, how.padding
+    at_once = max(DIGIT_CHUNK_BYTES * down * right // (DIGITS * weight.matrix.shape[0] * height * width), 1)
+    if count > at_once:  # the working set of a few images stays in the cache
+        return torch.cat([convolve_in_digits(part, weight, how) for part in x.split(at_once)])
+    # numpy for the element work: PyTorch would wake its threads for each of these short steps
+    balanced = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1))
+    balanced += _BALANCE
+    balanced ^= _BALANCE
+    padded = np.zeros((DIGITS, count, height + 2 * top, width + 2 * left, channels), np.int8)
+    digits = balanced.view(np.int8).reshape(count, height, width, channels, DIGITS)
+    padded[:, :, top : top + height, left : left + width] = np.moveaxis(digits, 4, 0)
+    high, wide = (height + 2 * top - rows) // down + 1, (width + 2 * left - columns) // right + 1
+    s = padded.strides
+    windows = torch.from_numpy(padded).as_strided((DIGITS, count, high, wide, rows, columns * channels),
+                                                  (s[0], s[1], s[2] * down, s[3] * right, s[2], 1))
+    products = torch._int_mm(windows.reshape(DIGITS * count * high * wide, -1), weight.matrix).numpy().reshape(DIGITS, -1, outputs)
+    joined = products[DIGITS - 1].astype(np.int64)
+    for i in range(DIGITS - 2, -1, -1):
+        joined <<= DIGIT_BITS
+        joined += products[i]
+    joined *= weight.step.numpy()
+    return torch.from_numpy(joined.reshape(count, high, wide, outputs).transpose(0, 3, 1, 2)).contiguous()
 
 
 def sum_pool2d(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

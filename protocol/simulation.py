@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,18 @@ class SimulationTensor(RingTensor):
 
 def server_parameters(model: Model) -> dict[str, Weight | Constant]:
     """The model's own parameters: W as ring elements, constants as reals."""
-    weights = {name: Weight(value, ring.limb_weight(value)) for name, value in model.weights().items()}
+    weights = {}
+    for name, value in model.weights().items():
+        step, digits = model.private.get(f"{name}_step"), None
+        if step is not None and value.dim() == 4:
+            digits = ring.digit_weight(model.private[name], step)
+        weights[name] = Weight(value, ring.limb_weight(value) if digits is None else None, digits)
     return weights | {name: Constant(value) for name, value in model.constants().items()}
+
+
+def server_graph(model: Model) -> Any:
+    """The graph with the model's own parameters, for the server's online phase. Running it changes nothing in it."""
+    return build_graph(model.public, server_parameters(model))
 
 
 @torch.no_grad()
@@ -88,6 +99,6 @@ def simulate(model: Model, x_float: Tensor, session: Simulation | None = None) -
     """Fixed-point logits, float64 (batch, classes), for normalised images x (batch, *input_shape)."""
     session = session or Simulation(model.public.fixed_point)
     bits = session.fixed_point.activation_bits
-    graph = build_graph(model.public, server_parameters(model))
+    graph = server_graph(model)
     out = graph(SimulationTensor(session, ring.encode(x_float, bits), bits, True))
     return ring.decode(out.data, out.scale)

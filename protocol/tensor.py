@@ -33,17 +33,20 @@ POOL_BITS = 12
 class Weight:
     """A role's view of a private weight: W at the server, Delta at the client, B at the dealer, int64.
 
-    limbs: the same for `ring.map_in_limbs`, where that is exact and faster.
+    limbs, digits: the same for `ring.map_in_limbs` and `ring.convolve_in_digits`, where these are exact and faster.
     """
 
     data: Tensor
     limbs: Tensor | None = None
+    digits: ring.DigitWeight | None = None
 
     def t(self) -> Weight:
         return Weight(self.data.t(), None if self.limbs is None else self.limbs.t())
 
     def map(self, x: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """apply(x, this weight) modulo 2^64."""
+        if self.digits is not None and isinstance(apply, ring.Convolution) and apply.groups == 1 and apply.dilation == (1, 1):
+            return ring.convolve_in_digits(x, self.digits, apply)
         return apply(x, self.data) if self.limbs is None else ring.map_in_limbs(x, self.limbs, apply)
 
     def __repr__(self) -> str:
@@ -198,8 +201,8 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
                groups: int = 1) -> RingTensor:
         """Convolution with a private weight (protocol section 3)."""
         x = self._ready_for_private_map()
-        data = x._private_map(weight, lambda a, w: ring.conv2d(a, w, stride, padding, dilation, groups))
-        return x._mapped(data)
+        how = ring.Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
+        return x._mapped(x._private_map(weight, how))
 
     def matmul(self, weight: Weight) -> RingTensor:
         """Product with a private matrix (protocol section 3)."""
@@ -270,6 +273,10 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
 
         constant: what the square pixels still lack, ring elements of the layer's shape, for the role that holds it.
         """
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _window_index(size: int, kernel: int, stride: int, padding: int, offset: int, like: Tensor) -> Tensor:

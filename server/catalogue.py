@@ -19,7 +19,7 @@ from protocol.inference import make_delta
 from protocol.model import Model, load
 from protocol.plan import Plan, make_plan
 from protocol.prg import Seed
-from protocol.simulation import server_parameters
+from protocol.simulation import server_graph
 from protocol.transport import next_message, translate, when_over
 from protocol.wire import PROTOCOL_VERSION, SECRET_BYTES, ChunkReceiver, check_bytes, to_chunks
 from server.state import State
@@ -40,7 +40,7 @@ class HostedModel:
     def __init__(self, model: Model, dealer: grpc.Channel, state: State, timeout_s: float) -> None:
         self.public, self._model = model.public, model
         self.public_bytes = model.public.to_bytes()
-        self.parameters = server_parameters(model)
+        self.graph = server_graph(model)
         self._plans = {1: make_plan(model.public, 1)}
         self._stub, self._timeout_s = rpc.DealingStub(dealer), timeout_s
         self._secret = state.registration_secret(self.model_id)

@@ -229,7 +229,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             timed = self._limits.timelines and opening.timeline
             timeline = Timeline(time.perf_counter if timed else None, started)
             timeline.lap("setup")
-            online_server(material, hosted.parameters, channel, timeline)
+            online_server(material, hosted.graph, channel, timeline)
             if timed:
                 context.set_trailing_metadata(((TIMELINE_KEY, pack_timeline(timeline)),))
             self._metrics.images.inc(material.plan.batch)

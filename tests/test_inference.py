@@ -1,8 +1,5 @@
 """Every layer and whole networks: private results against exact integers, the simulation and CrypTen."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from protocol.inference import encode_images, infer, preprocess
 from protocol.model import Model, save
 from protocol.online import online_client, online_server
 from protocol.plan import make_plan
-from protocol.simulation import server_parameters, simulate
+from protocol.simulation import server_graph, simulate
 from tests.conftest import CLASSES, SHAPE, build_compiled, make_network
 
 PINNED_STEPS = "LAAAAALALRLLALRL"
@@ -134,21 +131,17 @@ def test_compiled_network_equals_pytorch(images: Tensor, mixed_model: Model) -> 
 @pytest.mark.parametrize("which", ["relu_model", "mixed_model"])
 def test_same_graph_on_crypten(which: str, images: Tensor, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A second implementation: CrypTen's own two-party run of the same graph gives the same logits."""
-    import json
+    from benchmarks.peers.run import run_peers
+    from protocol.inference import normalise_images
 
     model: Model = request.getfixturevalue(which)
     save(model, tmp_path / "m.safetensors")
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 2, *SHAPE), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", pixels)
-    command = [sys.executable, "-m", "benchmarks.crypten_role", str(tmp_path / "m.safetensors"), str(tmp_path / "x.npy"), "1"]
-    base = os.environ | {"WORLD_SIZE": "2", "RENDEZVOUS": f"file://{tmp_path}/meet", "DISTRIBUTED_BACKEND": "gloo"}
-    parties = [subprocess.Popen(command, env=base | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in (0, 1)]
-    out, _ = parties[0].communicate(timeout=120)
-    parties[1].communicate(timeout=60)
-    from protocol.inference import normalise_images
-
-    x = normalise_images(torch.from_numpy(pixels[0]), model.public)
-    assert torch.allclose(torch.tensor(json.loads(out)["logits"][0]).double(), infer(model, x).logits, atol=0.02)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *SHAPE), dtype=np.uint8))
+    (result,) = run_peers(tmp_path / "m.safetensors", pixels, ["crypten-tfp"], 2)
+    assert "skipped" not in result, result
+    expected = infer(model, normalise_images(pixels, model.public)).logits
+    assert torch.allclose(torch.tensor(result["logits"]).double(), expected, atol=0.02)
+    assert not result["hides_image_from_server"]
 
 
 @pytest.mark.parametrize(("which", "batch"), [("relu_model", 1), ("mixed_model", 3)])
@@ -217,7 +210,7 @@ def test_server_refuses_a_message_of_the_wrong_length(change: int, mixed_model: 
     mine, theirs = memory_pair()
     mine.send(bytes(8 * 192 + change))
     with pytest.raises(ProtocolViolation, match="bytes where"):
-        online_server(server, server_parameters(mixed_model), theirs)
+        online_server(server, server_graph(mixed_model), theirs)
     with pytest.raises(MaterialError):  # and the material is gone
         server.take()
 

@@ -33,7 +33,7 @@ def test_convolution_is_exact_modulo_2_64(stride: int, padding: int, groups: int
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-(2**63), 2**63 - 1, (2, 4, 5, 5), generator=g)
     w = torch.randint(-(2**63), 2**63 - 1, (4, 4 // groups, 3, 3), generator=g)
-    got = ring.conv2d(x, w, (stride, stride), (padding, padding), (1, 1), groups)
+    got = ring.Convolution((stride, stride), (padding, padding), (1, 1), groups)(x, w)
     assert np.array_equal(got.numpy(), exact_conv(x, w, stride, padding, groups))
 
 
@@ -48,6 +48,29 @@ def test_limbs_equal_int64_at_the_edges() -> None:
     x[1] = -(2**31)
     conv = lambda a, b: torch.nn.functional.conv2d(a, b, padding=1)
     assert torch.equal(ring.map_in_limbs(x, limbs, conv), conv(x, w))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "batch"), [(3, 1, 1, 1), (3, 2, 1, 3), (1, 2, 0, 2), (5, 1, 2, 1)])
+def test_digits_equal_int64_at_the_edges(kernel: int, stride: int, padding: int, batch: int) -> None:
+    """Random ring elements, and those whose digits carry: all bytes 0x7f, 0x80 and 0xff."""
+    torch.manual_seed(0)
+    how = ring.Convolution((stride, stride), (padding, padding), (1, 1), 1)
+    x = torch.randint(-(2**63), 2**63 - 1, (batch, 40, 7, 9))
+    edges = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 0x7F7F7F7F7F7F7F7F, -0x7F7F7F7F7F7F7F80, 0x0080008000800080])
+    x.view(-1)[: 7 * 50] = edges.repeat(50)
+    quantised = torch.randint(-127, 128, (840, 40, kernel, kernel), dtype=torch.int8)
+    quantised[0] = 127
+    quantised[1] = -127
+    step = torch.randint(1, 60, (840,))
+    digits = ring.digit_weight(quantised, step)
+    assert digits is not None
+    weight = quantised.long() * step.view(-1, 1, 1, 1)
+    assert torch.equal(ring.convolve_in_digits(x, digits, how), how(x, weight))
+
+
+def test_digits_are_refused_where_they_would_not_pay_or_not_fit() -> None:
+    assert ring.digit_weight(torch.ones(4, 4, 3, 3, dtype=torch.int8), torch.ones(4)) is None
+    assert ring.digit_weight(torch.ones(1, 1 << 17, 1, 1, dtype=torch.int8), torch.ones(1)) is None
 
 
 def test_limbs_are_refused_where_they_would_round() -> None:

@@ -15,7 +15,7 @@ from protocol.inference import make_delta, preprocess
 from protocol.model import Model
 from protocol.online import online_client, online_server
 from protocol.prg import Seed
-from protocol.simulation import server_parameters
+from protocol.simulation import server_graph, server_parameters
 from tests.conftest import SHAPE
 from tests.test_dcf import bias
 
@@ -38,7 +38,7 @@ def run(model: Model, x: Tensor) -> tuple[list[bytes], list[bytes]]:
     """The messages to the server and to the client in one online phase."""
     client, server, _ = preprocess(model, len(x))
     up, down = Recorder(), Recorder()
-    thread = threading.Thread(target=online_server, args=(server, server_parameters(model), MemoryChannel(down, up)))
+    thread = threading.Thread(target=online_server, args=(server, server_graph(model), MemoryChannel(down, up)))
     thread.start()
     online_client(client, ring.encode(x, model.public.fixed_point.activation_bits), MemoryChannel(up, down))
     thread.join()

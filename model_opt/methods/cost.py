@@ -28,7 +28,7 @@ from protocol import ring
 from protocol.inference import preprocess, run_online
 from protocol.links import LINKS, Link
 from protocol.plan import make_plan
-from protocol.simulation import server_parameters
+from protocol.simulation import server_graph
 
 SCORE_IMAGES = 256
 RUNS = 5
@@ -84,13 +84,13 @@ def measure(task: Task, link: Link) -> CostModel:
             layer.mask.fill_(kind)
             layer.c2_shift.fill_(TIMING_SHIFT)
         model = compile_model(student, sample, name="probe", classes=(), mean=task.train.mean, std=task.train.std)
-        parameters = server_parameters(model)
+        graph = server_graph(model)
         x_ring = ring.encode(sample[:1].double(), model.public.fixed_point.activation_bits)
         times = []
         for _ in range(RUNS + 1):
             client, server, _ = preprocess(model, 1)
             started = time.perf_counter()
-            run_online(client, server, parameters, x_ring)
+            run_online(client, server, graph, x_ring)
             times.append(time.perf_counter() - started)
         seconds.append(statistics.median(times[1:]))
         counts.append(model.public.relus)
