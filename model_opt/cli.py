@@ -158,6 +158,7 @@ def train(
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
     seed: Seed = 0,
+    start: Annotated[Path | None, typer.Option("--from", help="Network to go on from, in place of --network and --width.")] = None,
     run: Run = None,
     download: Download = False,
 ) -> None:
@@ -165,21 +166,26 @@ def train(
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     torch.manual_seed(seed)
-    try:
-        width = width or STANDARD_WIDTH.get(network, 64)
-        model = build(network, width, len(source.classes))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    if start is not None:
+        model, before = _teacher(start)
+        network, width = before.network, before.width
+        training, validation = _fitting(source, before, start)
+    else:
+        try:
+            width = width or STANDARD_WIDTH.get(network, 64)
+            model = build(network, width, len(source.classes))
+        except ValueError as error:
+            raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
                      start_size=start_size, shift=shift, cutout=cutout, seed=seed)
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, label="train",
-                settings={"network": network, "width": width, "data": source.name})
+                settings={"network": network, "width": width, "data": source.name, "from": str(start or "")})
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
                "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "shift": shift, "cutout": cutout,
-               "seed": seed, "validation_accuracy": score,
+               "seed": seed, "validation_accuracy": score, "from": before.made_by if start is not None else None,
                "minutes": minutes_spent(where), "hardware": describe_hardware()}
     info = files.NetworkInfo(network, width, source.classes, training.shape, source.mean, source.std, False, made_by)
     _write(out, files.serialise_network(model, info))
