@@ -108,7 +108,7 @@ def plot_peers(peers: dict[str, Any], path: Path) -> None:
             axis.text(row[key] / scale, i, f" {row[key] / scale:,.0f}" + ("" if mine else f" ({row[key] / ours[key]:.1f}x)"), va="center",
                       fontsize=8)
         axis.set(xscale="log", xlabel=text)
-        axis.margins(x=0.25)
+        axis.margins(x=0.45)
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle("red: does not hide the image from the server", fontsize=9)
@@ -179,7 +179,8 @@ def peers_table(peers: dict[str, Any]) -> list[str]:
             continue
         total = r["online_ms"] + (r.get("preprocessing_ms") or 0)
         lines.append([r["label"], f"{r['online_ms']:,.0f}", f"{r['online_ms'] / ours['online_ms']:.1f}x", f"{total:,.0f}",
-                      f"{r['bytes'] / 1e6:,.1f}" if r.get("bytes") else "-", "yes" if r["hides_image"] else "**no**", r.get("notes", "")])
+                      f"{r['bytes'] / 1e6:,.1f}" if r.get("bytes") else "-", "yes" if r["hides_image"] else "**no**",
+                      r.get("notes", "").split(";")[0]])
     return _table(("engine", "online ms", "of ours", "with preprocessing ms", "online MB", "hides the image", "notes"), lines)
 
 
