@@ -7,6 +7,7 @@ the same in network namespaces, where it exists. The relay's own delay is measur
 
 from __future__ import annotations
 
+import json
 import queue
 import socket
 import subprocess
@@ -210,6 +211,15 @@ def linked(target: str, link: Link) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
+
+
+def measure_link(name: str) -> None:
+    """Print what an emulated link really gives, as JSON: median round trip in seconds, and bits per second."""
+    link = LINKS[name]
+    with echo_server() as address, linked(address, link) as through:
+        times = sorted(round_trips(through, 300 if link.rtt_s < 0.01 else 8))
+        rate = throughput(through, int(link.bits_per_s / 8 * 0.4))
+    print(json.dumps({"rtt_s": times[len(times) // 2], "bits_per_s": rate}))
 
 
 def own_delay() -> float:
