@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import os
 import secrets
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from client.delta_cache import DeltaCache, default_folder
+from client.stock import DiskStock, MemoryStock, Prepared, Stock
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
@@ -26,7 +29,7 @@ from protocol.channel import Duplex
 from protocol.dealing import DealtToClient
 from protocol.errors import InputError, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
 from protocol.inference import encode_images
-from protocol.material import ClientContents, Material
+from protocol.material import Material
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.online import online_client
 from protocol.plan import Plan, make_plan, weight_shapes
@@ -47,6 +50,10 @@ from protocol.wire import (
 
 Reply = TypeVar("Reply")
 FETCH_TRIES, FETCH_PAUSE_S = 5, 0.2
+REFILL_PAUSES_S = (1.0, 60.0)
+"""How long the refilling waits after a failure: at first, and at most."""
+MAX_LIFETIME_S = 30 * 86_400.0
+log = logging.getLogger("relucent.client")
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,6 @@ class PhaseCost:
     server_timeline: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True, repr=False)
-class _Prepared:
-    material: Material[ClientContents]
-    secret: bytes
-
-
 def list_models(server: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None, key: Path | None = None,
                 insecure: bool = False, timeout_s: float = 20.0) -> list[ModelSummary]:
     """What a server offers, its default first. Arguments as for `Client`. Raises RelucentError's kin."""
@@ -102,6 +103,16 @@ def list_models(server: str, *, ca: Path | None = None, token: str | None = None
         except grpc.RpcError as error:
             raise translate(error, "the server") from None
     return [ModelSummary(m.name, m.model_id, m.relus, m.classes, tuple(m.input_shape)) for m in listed.models]
+
+
+def default_stock() -> Path:
+    """$XDG_STATE_HOME/relucent/stock, or ~/.local/state/relucent/stock."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "relucent" / "stock"
+
+
+def default_stock_key() -> Path:
+    """$XDG_CONFIG_HOME/relucent/stock.key, or ~/.config/relucent/stock.key: apart from what it encrypts."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "relucent" / "stock.key"
 
 
 class Client:
@@ -116,6 +127,8 @@ class Client:
             key: files; one of them says who this client is. insecure: plaintext transport, on trusted networks only.
         model: name of the model; "" for the server's default.
         cache: folder for Delta; None for the user's cache folder.
+        stock: folder in which prepared material outlives this client; None keeps it in memory. stock_key: file of the key that encrypts
+            it; None for `default_stock_key`.
         timeout_s: deadline of every call. timeline: record where the time of the online phase goes.
 
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
@@ -123,14 +136,18 @@ class Client:
 
     def __init__(self, server: str, dealer: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None,
                  key: Path | None = None, insecure: bool = False, model: str = "", cache: Path | None = None,
-                 timeout_s: float = 300.0, timeline: bool = False) -> None:
+                 stock: Path | None = None, stock_key: Path | None = None, timeout_s: float = 300.0, timeline: bool = False) -> None:
         self._timeout_s, self._model_name, self._timed = timeout_s, model, timeline
         # the dealer is shown neither token nor certificate: it needs no more than the proof for each material
         self._channels = [connect(server, Security(ca, certificate, key, token, insecure)),
                           connect(dealer, Security(ca, insecure=insecure))]
         self._server, self._dealer = rpc.InferenceStub(self._channels[0]), rpc.DealingStub(self._channels[1])
         self._cache = DeltaCache(cache or default_folder())
-        self._stock: dict[int, deque[_Prepared]] = {}
+        self._stock_folder, self._stock_key = stock, stock_key or default_stock_key()
+        self._stock: Stock = MemoryStock()
+        self._online, self._preparing = threading.Lock(), threading.Lock()
+        self._closed, self._consumed = threading.Event(), threading.Event()
+        self._refilling: threading.Thread | None = None
         self._plans: dict[int, Plan] = {}
         self.model: PublicModel = None  # type: ignore[assignment]  # set by _load
         self.last_online: PhaseCost | None = None
@@ -148,21 +165,19 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Tell the server to drop unused material and close the connections."""
-        self._drop_stock()
+        """Close the connections; the server is told to forget material that was prepared in memory and is unused."""
+        self._closed.set()
+        self._consumed.set()
+        self._discard(self._stock.close())
         self._close_channels()
-
-    def _drop_stock(self) -> None:
-        left = [p for stock in self._stock.values() for p in stock]
-        self._stock.clear()
-        for prepared in left:
-            prepared.material.destroy()
-        if left:
-            self._discard([(p.material.material_id, p.secret) for p in left])
+        if self._refilling is not None:
+            self._refilling.join()
 
     def _discard(self, materials: list[tuple[bytes, bytes]]) -> None:
+        if not materials:
+            return
         request = pb.DiscardRequest(material_ids=[m for m, _ in materials], client_secrets=[s for _, s in materials])
-        with contextlib.suppress(grpc.RpcError):  # the server forgets them by itself in time
+        with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: closed by now; the server forgets them by itself in time
             self._server.Discard(request, timeout=5)
 
     def _close_channels(self) -> None:
@@ -215,6 +230,8 @@ class Client:
             self._delta[name] = ring.from_bytes(data[position : position + size], shape)
             position += size
         self._delta_id, self._registration_id, self.max_batch = delta_id, offer.registration_id, int(offer.max_batch)
+        if self._stock_folder is not None:
+            self._stock = DiskStock(self._stock_folder, self._stock_key, bytes.fromhex(model.model_id) + offer.registration_id + delta_id)
 
     def _fetch(self, call: Callable[..., Iterator[pb.Chunk]], request: pb.FetchRequest, length: int) -> bytes:
         """A download; goes on where it broke off, up to FETCH_TRIES times."""
@@ -244,20 +261,60 @@ class Client:
 
     def prepared(self, batch: int = 1) -> int:
         """Inferences of this batch size that are ready to run."""
-        return len(self._stock.get(batch, ()))
+        return self._stock.count(batch)
 
     def preprocess(self, n: int = 1, batch: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
         """Prepare `n` inferences of `batch` images ahead. `progress(done)` is called after each."""
         for done in range(n):
-            try:
-                prepared = self._preprocess_once(self._plan(batch))
-            except ModelMismatch:  # the server has registered anew; its Delta has changed
-                self._load_again_once()
-                prepared = self._preprocess_once(self._plan(batch))
-            self._stock.setdefault(batch, deque()).append(prepared)
+            with self._preparing:
+                self._put(self._prepare(batch))
             progress(done + 1)
 
-    def _preprocess_once(self, plan: Plan) -> _Prepared:
+    def keep_ahead(self, n: int, batch: int = 1) -> None:
+        """From now on prepare in the background, between predictions, so that `n` inferences of `batch` images are ready.
+
+        A failure is logged and tried again, after a pause that grows. Call it once.
+        """
+        if self._refilling is not None:
+            raise InputError("this client prepares in the background already", "call keep_ahead once")
+        self._plan(batch)
+        self._refilling = threading.Thread(target=self._refill, args=(n, batch), daemon=True, name="refill")
+        self._refilling.start()
+
+    def _refill(self, n: int, batch: int) -> None:
+        pause, longest = REFILL_PAUSES_S
+        while not self._closed.is_set():
+            self._consumed.clear()
+            try:
+                while not self._closed.is_set() and self._stock.count(batch) < n:
+                    with self._online:  # not while an image waits for its answer
+                        pass
+                    with self._preparing:
+                        self._put(self._prepare(batch))
+                    pause = REFILL_PAUSES_S[0]
+                self._consumed.wait(longest)  # material also expires
+            except (RelucentError, ValueError) as error:  # ValueError: the channel was closed
+                if not self._closed.is_set():
+                    log.warning("cannot prepare ahead: %s; next try in %.0f s", error, pause)
+                    self._closed.wait(pause)
+                    pause = min(2 * pause, longest)
+
+    def _put(self, prepared: Prepared) -> None:
+        material_id = prepared.material.material_id
+        try:
+            self._stock.add(prepared)
+        except BaseException:
+            self._discard([(material_id, prepared.secret)])
+            raise
+
+    def _prepare(self, batch: int) -> Prepared:
+        try:
+            return self._preprocess_once(self._plan(batch))
+        except ModelMismatch:  # the server has registered anew; its Delta has changed
+            self._load_again_once()
+            return self._preprocess_once(self._plan(batch))
+
+    def _preprocess_once(self, plan: Plan) -> Prepared:
         started = time.perf_counter()
         secret = secrets.token_bytes(SECRET_BYTES)
         client_id = hashlib.sha256(secret).digest()
@@ -284,6 +341,9 @@ class Client:
             reply = next_message(replies, "the server")
             if reply.WhichOneof("kind") != "ready":
                 raise ProtocolViolation("the server did not confirm the material")
+            if not 0 <= reply.ready.lifetime_s < float("inf"):
+                raise ProtocolViolation("the server announces an impossible lifetime of the material")
+            lifetime = min(reply.ready.lifetime_s, MAX_LIFETIME_S)
         except BaseException:
             replies.cancel()
             if material_id:
@@ -295,7 +355,7 @@ class Client:
                 dealt.cancel()
         self.last_preprocessing = PhaseCost(
             time.perf_counter() - started, sender.bytes, ID_BYTES + 2 * FRAME_BYTES, 1, source.bytes, int(reply.ready.dealer_bytes))
-        return _Prepared(Material(material_id, plan, contents), secret)
+        return Prepared(Material(material_id, plan, contents), secret, time.time() + lifetime)
 
     def _first_cause(self, replies: Any, error: RelucentError) -> RelucentError:
         """If the server has failed the call, its reason explains more than the dealer's."""
@@ -314,16 +374,17 @@ class Client:
 
     # --- online -------------------------------------------------------------------------------------------------------
 
-    def predict(self, images: Tensor | np.ndarray[Any, Any]) -> list[Prediction]:
+    def predict(self, images: Tensor | np.ndarray[Any, Any], progress: Callable[[str], None] = lambda _: None) -> list[Prediction]:
         """Classify images privately, uint8 (N, *model.input_shape). Uses prepared material, or preprocesses first.
 
-        One batch of N if N is at most the server's maximum, else several. Raises InputError for another shape or type.
+        One batch of N if N is at most the server's maximum, else several; `progress` is told what is being done. Material that
+        the server no longer has is replaced. Raises InputError for another shape or type.
         """
         tensor = torch.as_tensor(images)
         encode_images(tensor[:1], self.model)  # refuse before anything is spent
         results: list[Prediction] = []
         for part in tensor.split(self.max_batch):
-            logits = self._infer(part)
+            logits = self._infer(part, progress)
             results += [self._prediction(row) for row in logits]
         return results
 
@@ -331,14 +392,30 @@ class Client:
         index = int(row.argmax())
         return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()))
 
-    def _infer(self, images: Tensor) -> Tensor:
-        batch = len(images)
-        if not self.prepared(batch):
-            self.preprocess(1, batch)
+    def _infer(self, images: Tensor, progress: Callable[[str], None]) -> Tensor:
+        plan = self._plan(len(images))
+        what = f"{len(images)} image{'s' * (len(images) > 1)}"
+        while True:
+            prepared = self._stock.take(plan)
+            stocked = prepared is not None
+            if prepared is None:
+                progress(f"preprocessing {what}")
+                with self._preparing:  # what the refilling makes just now may serve
+                    prepared = self._stock.take(plan) or self._prepare(len(images))
+            progress(f"classifying {what}")
+            try:
+                with self._online:
+                    return self._run_online(images, prepared)
+            except MaterialError:
+                if not stocked:
+                    raise  # else the server has lost what was stocked, and the next one may be good
+            finally:
+                self._consumed.set()
+
+    def _run_online(self, images: Tensor, prepared: Prepared) -> Tensor:
         started = time.perf_counter()
         timeline = Timeline(time.perf_counter if self._timed else None)
         x_ring = encode_images(images, self.model)
-        prepared = self._stock[batch].popleft()
         plan = prepared.material.plan
         up: RequestQueue[pb.InferUp] = RequestQueue()
         up.put(pb.InferUp(open=pb.InferOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id,
@@ -350,9 +427,6 @@ class Client:
         try:
             timeline.lap("setup")
             result = online_client(prepared.material, x_ring, Duplex(sender, receiver), timeline)
-        except (MaterialError, ModelMismatch):  # the server has restarted, or dropped material: what is left is as stale
-            self._drop_stock()
-            raise
         except BaseException:
             replies.cancel()
             raise

@@ -12,10 +12,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from client.api import Client, list_models
+from client.api import Client, default_stock, list_models
 from client.images import load_image
 from protocol.errors import InputError
 from protocol.terminal import exit_on_error
@@ -30,6 +30,11 @@ Ca = Annotated[Path | None, typer.Option(help="Authorities that certify server a
 TokenFile = Annotated[Path | None, typer.Option(help="File that holds the API token; default: $RELUCENT_TOKEN.")]
 Certificate = Annotated[Path | None, typer.Option(help="This client's certificate (PEM), in place of a token.")]
 Key = Annotated[Path | None, typer.Option(help="Its private key (PEM).")]
+Model = Annotated[str, typer.Option(help="Name of the model; default: the server's first.")]
+Stock = Annotated[Path | None, typer.Option(help="Folder of what `prepare` made; default: one in the user's state folder.")]
+StockKey = Annotated[Path | None, typer.Option(help="File of the key that encrypts it; default: one in the user's configuration folder.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder for the model's public data.")]
+Timeout = Annotated[float, typer.Option(help="Deadline of each call in seconds.", min=0.1)]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plaintext transport, on trusted networks only.")]
 
 
@@ -60,22 +65,54 @@ def models(server: Server, ca: Ca = None, token_file: TokenFile = None, certific
 
 @app.command()
 @exit_on_error("relucent-client")
+def prepare(
+    server: Server,
+    dealer: Dealer,
+    count: Annotated[int, typer.Option(help="Inferences that shall be ready.", min=1)] = 10,
+    batch: Annotated[int, typer.Option(help="Images that each of them classifies together.", min=1)] = 1,
+    model: Model = "",
+    ca: Ca = None, token_file: TokenFile = None, certificate: Certificate = None, key: Key = None, insecure: Insecure = False,
+    stock: Stock = None,
+    stock_key: StockKey = None,
+    cache: Cache = None,
+    timeout: Timeout = 300.0,
+) -> None:
+    """Preprocess ahead, so that `classify` answers at once. What is ready stays on disk, encrypted, and is used once."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (Client(server, dealer, ca=ca, token=_token(token_file, insecure), certificate=certificate, key=key, insecure=insecure,
+                 model=model, cache=cache, stock=stock or default_stock(), stock_key=stock_key, timeout_s=timeout) as client,
+          Progress(*columns, console=Console(stderr=True), transient=True) as bar):
+        ready = client.prepared(batch)
+        task = bar.add_task("preprocessing", total=max(count, ready), completed=ready)
+        client.preprocess(max(count - ready, 0), batch, lambda done: bar.update(task, completed=ready + done))
+        print(f"{client.prepared(batch)} inferences of {batch} image{'s' * (batch > 1)} ready for {client.model.name}")
+
+
+@app.command()
+@exit_on_error("relucent-client")
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files: PNG, JPEG, ...")],
     server: Server,
     dealer: Dealer,
-    model: Annotated[str, typer.Option(help="Name of the model; default: the server's first.")] = "",
+    model: Model = "",
     ca: Ca = None, token_file: TokenFile = None, certificate: Certificate = None, key: Key = None, insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder for the model's public data.")] = None,
-    timeout: Annotated[float, typer.Option(help="Deadline of each call in seconds.", min=0.1)] = 300.0,
+    stock: Stock = None,
+    stock_key: StockKey = None,
+    cache: Cache = None,
+    timeout: Timeout = 300.0,
 ) -> None:
-    """Classify IMAGES privately. Images of another size are resized; grey and transparent ones become RGB."""
+    """Classify IMAGES privately. Images of another size are resized; grey and transparent ones become RGB.
+
+    What `prepare` has made ahead is used up first; without it, preprocessing comes before each batch.
+    """
+    if stock is None and default_stock().is_dir():
+        stock = default_stock()
     console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("fetching the model", total=None)
         with Client(server, dealer, ca=ca, token=_token(token_file, insecure), certificate=certificate, key=key, insecure=insecure,
-                    model=model, cache=cache, timeout_s=timeout) as client:
+                    model=model, cache=cache, stock=stock, stock_key=stock_key, timeout_s=timeout) as client:
             loaded = [load_image(path, client.model.input_shape) for path in images]
             for path, (_, note) in zip(images, loaded):
                 if note:
@@ -83,13 +120,11 @@ def classify(
             results, online_s, preprocessing_s, up, down = [], 0.0, 0.0, 0, 0
             pixels = torch.stack([image for image, _ in loaded])
             for part in pixels.split(client.max_batch):
-                bar.update(task, description=f"preprocessing {len(part)} image(s)")
-                client.preprocess(1, len(part))
-                bar.update(task, description=f"classifying {len(part)} image(s)")
-                results += client.predict(part)
-                assert client.last_online is not None and client.last_preprocessing is not None
+                client.last_preprocessing = None
+                results += client.predict(part, lambda what: bar.update(task, description=what))
+                assert client.last_online is not None
                 online_s += client.last_online.seconds
-                preprocessing_s += client.last_preprocessing.seconds
+                preprocessing_s += client.last_preprocessing.seconds if client.last_preprocessing is not None else 0.0
                 up, down = up + client.last_online.bytes_up, down + client.last_online.bytes_down
             name, model_id = client.model.name, client.model.model_id
     if as_json:

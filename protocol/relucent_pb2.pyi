@@ -109,10 +109,12 @@ class PreprocessUp(_message.Message):
     def __init__(self, open: _Optional[_Union[PreprocessOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("dealer_bytes",)
+    __slots__ = ("dealer_bytes", "lifetime_s")
     DEALER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
     dealer_bytes: int
-    def __init__(self, dealer_bytes: _Optional[int] = ...) -> None: ...
+    lifetime_s: float
+    def __init__(self, dealer_bytes: _Optional[int] = ..., lifetime_s: _Optional[float] = ...) -> None: ...
 
 class PreprocessDown(_message.Message):
     __slots__ = ("material_id", "ready")

@@ -1,4 +1,4 @@
-"""Secrets at rest: files and short values encrypted with AES-256-GCM.
+"""Secrets at rest: the key in a file, and files and short values encrypted with AES-256-GCM.
 
 A file is a sequence of sealed chunks; the nonce is the chunk's number, and number, end mark and the file's label are
 authenticated, so that chunks cannot be swapped, cut off or moved to another file. Each key encrypts one file.
@@ -7,6 +7,7 @@ authenticated, so that chunks cannot be swapped, cut off or moved to another fil
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,11 +15,39 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from protocol.channel import Buffer
-from protocol.errors import MaterialError, StorageError
+from protocol.errors import InputError, MaterialError, StorageError
 
 CHUNK_BYTES = 4 << 20
 TAG_BYTES = 16
 KEY_BYTES = 32
+
+
+def load_key(path: Path) -> bytes:
+    """A key that encrypts secrets at rest; made on first use, readable by its owner only. Raises InputError, StorageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            if path.stat().st_mode & 0o037:  # a group may read it, as orchestrators mount secrets
+                raise InputError(f"others can read the key {path}", f"chmod 600 {path}") from None
+        else:
+            try:
+                with os.fdopen(descriptor, "wb") as out:
+                    out.write(os.urandom(KEY_BYTES))
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+        for _ in range(50):  # another process may be writing it just now
+            key = path.read_bytes()
+            if len(key) == KEY_BYTES:
+                return key
+            time.sleep(0.02)
+    except OSError as error:
+        raise StorageError(f"cannot use the key {path}: {error.strerror}", "check the folder and its permissions") from error
+    raise InputError(f"{path} is no key of {KEY_BYTES} bytes", "restore it from a backup; stored material is lost without it")
 
 
 def seal(key: bytes, secret: bytes, label: bytes) -> bytes:

@@ -288,12 +288,12 @@ def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | No
         over.set()
 
 
-def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.ServicerContext, limit_s: float,
-                idle_s: float | None = None) -> Iterator[Any]:
-    """Serve one streaming call: `work(transmit)` runs in a thread of its own, what it transmits is yielded.
+def run_session(work: Callable[[Callable[[Any], None], Iterator[Any]], None], requests: Iterator[Any], context: grpc.ServicerContext,
+                limit_s: float, idle_s: float | None = None) -> Iterator[Any]:
+    """Serve one streaming call: `work(transmit, incoming)` runs in a thread of its own, what it transmits is yielded.
 
-    The call is cancelled after `limit_s` seconds, or when nothing has been sent for `idle_s`, whatever the peer's own deadline;
-    an error becomes its status.
+    The call is cancelled after `limit_s` seconds, or when no message went either way for `idle_s`, whatever the peer's own
+    deadline; an error becomes its status.
     """
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
     gone = threading.Event()
@@ -309,10 +309,10 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
             except queue.Full:
                 continue
 
-    def run() -> None:
+    def run(incoming: Iterator[Any]) -> None:
         failure: BaseException | None = None
         try:
-            work(transmit)
+            work(transmit, incoming)
         except BaseException as error:
             failure = error
         try:
@@ -321,10 +321,15 @@ def run_session(work: Callable[[Callable[[Any], None]], None], context: grpc.Ser
             if failure is not None and not isinstance(failure, RelucentError):
                 log.error("a call failed inside after its peer had gone", exc_info=failure)
 
-    thread = threading.Thread(target=run, daemon=True, name="session")
-    thread.start()
     try:
         with time_limit(context, limit_s, idle_s) as touch:
+
+            def heard() -> Iterator[Any]:
+                for request in requests:
+                    touch()
+                    yield request
+
+            threading.Thread(target=run, args=(heard(),), daemon=True, name="session").start()
             while True:
                 try:
                     message, failure = outgoing.get(timeout=0.5)

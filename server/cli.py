@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from protocol.sealed import load_key
 from protocol.terminal import exit_on_error
 from protocol.tls import Identity, check_name
 from server.certificates import DAYS, Authority
 from server.config import DealerSettings, ServerSettings, Settings, read_settings
 from server.logs import set_up
-from server.state import State, load_master_key
+from server.state import State
 
 server_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                          help="Serve compiled models for private inference.")
@@ -183,7 +184,7 @@ def check_dealer_config(config: Annotated[Path, typer.Option("--config", help="T
 
 
 def _tokens(state: Path, database: str | None, master_key: Path | None) -> State:
-    key = load_master_key(master_key or state / "master.key")
+    key = load_key(master_key or state / "master.key")
     return State(database or f"sqlite:///{(state / 'state.db').absolute()}", key)
 
 

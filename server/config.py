@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     """What both programs have.
 
     certificate, key: this party's TLS files. ca: file of the authorities that certify its peers. insecure: plaintext links.
-    workers: calls of threads at once. metrics: HOST:PORT of the metrics' own HTTP server. grace_s: what running calls get to finish on
+    metrics: HOST:PORT of the metrics' own HTTP server. grace_s: what running calls get to finish on
     SIGTERM.
     """
 
@@ -82,7 +82,7 @@ class ServerSettings(Settings):
     client_sessions: PositiveInt = 2
     waiting: PositiveInt = 256
     client_waiting: PositiveInt = 32
-    wait_s: PositiveFloat = 60.0
+    wait_s: PositiveFloat = 30.0
     timeout_s: PositiveFloat = 600.0
     idle_s: PositiveFloat = 60.0
     timelines: bool = False
@@ -96,6 +96,8 @@ class ServerSettings(Settings):
             raise ValueError("a database needs master_key, the same file for all processes")
         if self.processes > 1 and self.state is None and self.database is None:
             raise ValueError("several processes share their state: give a state folder")
+        if self.wait_s >= self.idle_s:
+            raise ValueError("wait_s must be below idle_s, or waiting calls are taken for idle ones")
         return self
 
 

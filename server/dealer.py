@@ -174,7 +174,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         except BaseException as error:
             abort(context, error)
 
-        def work(transmit: Callable[[Any], None]) -> None:
+        def work(transmit: Callable[[Any], None], _: Iterator[Any]) -> None:
             with self._metrics.phase(f"material for the {party}"):
                 hand_over(transmit)
 
@@ -198,7 +198,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                         del self._meetings[request.material_id]
 
         when_over(context, lambda: meeting.left(party))
-        yield from run_session(work, context, DEAL_S)
+        yield from run_session(work, iter(()), context, DEAL_S)
 
     def _authenticate(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> tuple[str, _Registration]:
         check_version(request.protocol_version)

@@ -24,6 +24,7 @@ from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol.errors import InputError, PeerError, RelucentError
 from protocol.model import Model
+from protocol.sealed import load_key
 from protocol.transport import OPTIONS, Security, connect, listen
 from server.catalogue import Catalogue, load_models
 from server.config import DealerSettings, ServerSettings, Settings
@@ -31,7 +32,7 @@ from server.dealer import DealerService
 from server.metrics import Metrics
 from server.service import Access, InferenceService, Limits
 from server.sessions import Sessions
-from server.state import State, load_master_key
+from server.state import State
 from server.stock import Stock
 
 log = logging.getLogger("relucent")
@@ -49,7 +50,7 @@ def open_state(settings: ServerSettings) -> State:
     key_file = settings.master_key or (folder / "master.key" if folder is not None else None)
     assert key_file is not None  # the schema says so
     url = settings.database or f"sqlite:///{(folder / 'state.db').absolute()}"  # type: ignore[operator]
-    return State(url, load_master_key(key_file))
+    return State(url, load_key(key_file))
 
 
 class Running:
@@ -152,7 +153,7 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
 
 def run_dealer(settings: DealerSettings) -> None:
     """The dealer process, until it is told to stop."""
-    master = load_master_key(settings.master_key) if settings.master_key is not None else None
+    master = load_key(settings.master_key) if settings.master_key is not None else None
     metrics = Metrics("dealer")
     service = DealerService(settings.deals, settings.registrations, master, settings.insecure, metrics)
     running = Running(settings, pb.DESCRIPTOR.services_by_name["Dealing"].full_name)

@@ -54,6 +54,7 @@ from server.stock import Stock
 log = logging.getLogger("relucent.server")
 MAX_DISCARDS = 4096
 Reply = TypeVar("Reply")
+Work = Callable[[Identity, Callable[[Any], None], Iterator[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -165,22 +166,22 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def _session(self, phase: str, context: grpc.ServicerContext, work: Callable[[Identity, Callable[[Any], None]], None]) -> Iterator[Any]:
+    def _session(self, phase: str, requests: Iterator[Any], context: grpc.ServicerContext, work: Work) -> Iterator[Any]:
         """One streaming call: identified, queued, timed, counted; its error becomes its status."""
 
-        def run(transmit: Callable[[Any], None]) -> None:
+        def run(transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
             request_id.set(secrets.token_hex(6))
             with self._metrics.phase(phase):
                 identity = self._access.identify(context)
                 with self._sessions.slot(identity.uri):
-                    work(identity, transmit)
+                    work(identity, transmit, incoming)
             log.info("%s done", phase)
 
-        yield from run_session(run, context, self._limits.timeout_s, self._limits.idle_s)
+        yield from run_session(run, requests, context, self._limits.timeout_s, self._limits.idle_s)
 
     def Preprocess(self, request_iterator: Iterator[pb.PreprocessUp], context: grpc.ServicerContext) -> Iterator[pb.PreprocessDown]:
-        def work(identity: Identity, transmit: Callable[[Any], None]) -> None:
-            opening = next_kind(request_iterator, "open")
+        def work(identity: Identity, transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
+            opening = next_kind(incoming, "open")
             check_version(opening.protocol_version)
             hosted = self._catalogue.identified(opening.model_id)
             client_id = check_bytes(opening.client_id, SECRET_BYTES, "the client id")
@@ -195,16 +196,17 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 except ModelMismatch:
                     hosted.register_again(delta_id)
                     raise
-                from_client = ChunkReceiver(lambda: next_kind(request_iterator, "chunk"))
+                from_client = ChunkReceiver(lambda: next_kind(incoming, "chunk"))
                 contents = preprocess_server(plan, DealtToServer(plan, seed, source), from_client)
                 self._stock.store(material_id, plan, contents)
                 self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
-                transmit(pb.PreprocessDown(ready=pb.Ready(dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES)))
+                transmit(pb.PreprocessDown(ready=pb.Ready(
+                    dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES, lifetime_s=self._stock.lifetime_s)))
             except BaseException:
                 self._stock.release(material_id)
                 raise
 
-        yield from self._session("preprocessing", context, work)
+        yield from self._session("preprocessing", request_iterator, context, work)
 
     def Discard(self, request: pb.DiscardRequest, context: grpc.ServicerContext) -> pb.Empty:
         def make() -> pb.Empty:
@@ -217,15 +219,15 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         return self._answer(context, PROTOCOL_VERSION, make)
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        def work(identity: Identity, transmit: Callable[[Any], None]) -> None:
+        def work(identity: Identity, transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
             started = time.perf_counter()
-            opening = next_kind(request_iterator, "open")
+            opening = next_kind(incoming, "open")
             check_version(opening.protocol_version)
             check_bytes(opening.material_id, ID_BYTES, "the material id")
             hosted = self._catalogue.identified(opening.model_id)
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
-            channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(request_iterator, "chunk")))
+            channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(incoming, "chunk")))
             timed = self._limits.timelines and opening.timeline
             timeline = Timeline(time.perf_counter if timed else None, started)
             timeline.lap("setup")
@@ -236,4 +238,4 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             self._metrics.bytes.labels("in").inc(channel.incoming.bytes)
             self._metrics.bytes.labels("out").inc(channel.outgoing.bytes)
 
-        yield from self._session("online", context, work)
+        yield from self._session("online", request_iterator, context, work)

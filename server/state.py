@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -72,30 +70,6 @@ class Token:
 
     def valid(self, now: float) -> bool:
         return self.revoked is None and (self.expires is None or now < self.expires)
-
-
-def load_master_key(path: Path) -> bytes:
-    """The key that encrypts secrets at rest; made on first use, readable by its owner only. Raises InputError, StorageError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            if path.stat().st_mode & 0o037:  # a group may read it, as orchestrators mount secrets
-                raise InputError(f"others can read the master key {path}", f"chmod 600 {path}") from None
-        else:
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(secrets.token_bytes(KEY_BYTES))
-                out.flush()
-                os.fsync(out.fileno())
-        for _ in range(50):  # another process may be writing it just now
-            key = path.read_bytes()
-            if len(key) == KEY_BYTES:
-                return key
-            time.sleep(0.02)
-    except OSError as error:
-        raise StorageError(f"cannot use the master key {path}: {error.strerror}", "check the folder and its permissions") from error
-    raise InputError(f"{path} is no master key of {KEY_BYTES} bytes", "restore it from a backup; stored material is lost without it")
 
 
 class State:

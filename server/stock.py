@@ -39,7 +39,7 @@ class Stock:
 
     def __init__(self, state: State, *, folder: Path | None = None, limit_bytes: int = 4 << 30, client_bytes: int = 4 << 30,
                  memory_bytes: int = 4 << 30, lifetime_s: float = 3600.0) -> None:
-        self._state, self._folder, self._lifetime = state, folder, lifetime_s
+        self._state, self._folder, self.lifetime_s = state, folder, lifetime_s
         self._limit, self._client_limit, self._memory_limit = limit_bytes, client_bytes, memory_bytes
         self._keys: dict[bytes, bytes] = {}
         self._memory: OrderedDict[bytes, Material[ServerContents]] = OrderedDict()
@@ -81,7 +81,7 @@ class Stock:
             while self._folder is not None and self._memory_bytes > self._memory_limit:
                 _, oldest = self._memory.popitem(last=False)
                 self._memory_bytes -= oldest.plan.server_material_bytes
-        if not self._state.mark_ready(material_id, self._state.clock() + self._lifetime):
+        if not self._state.mark_ready(material_id, self._state.clock() + self.lifetime_s):
             self._forget(material_id)
             raise MaterialError("the reservation of this material has expired")
 

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 from torch import Tensor, nn
 
-from client import Client
 from model_opt.activation import partial_activations, replace_relus
 from model_opt.compiler import compile_model
 from protocol import relucent_pb2_grpc as rpc
-from protocol.model import Model
-from protocol.plan import make_plan
-from protocol.transport import OPTIONS, Security, connect, listen
+from protocol.model import Model, save
+from protocol.tls import Identity
+from protocol.transport import connect
 from server.catalogue import Catalogue
+from server.certificates import Authority
 from server.dealer import DealerService
 from server.metrics import Metrics
 from server.service import Access, InferenceService, Limits
 from server.sessions import Sessions
 from server.state import State
 from server.stock import Stock
+from tests.services import PLAINTEXT, SHAPE, Services, start
+from tests.site import Site
 
 CLASSES = tuple("abcdefghij")
-SHAPE = (3, 8, 8)
 
 
 class TinyResidual(nn.Module):
@@ -100,41 +98,6 @@ def mixed_model(images: Tensor) -> Model:
     return build_compiled(make_network(True), images.float())
 
 
-PLAINTEXT = Security(insecure=True)
-
-
-@dataclass
-class Services:
-    """A dealer and a server in this process."""
-
-    server_address: str
-    dealer_address: str
-    service: InferenceService
-    catalogue: Catalogue
-    stock: Stock
-    state: State
-    sessions: Sessions
-    dealer: DealerService
-    dealer_server: grpc.Server
-    inference_server: grpc.Server
-    cache: Path
-
-    def client(self, **options: float) -> Client:
-        return Client(self.server_address, self.dealer_address, insecure=True, cache=self.cache, timeout_s=options.get("timeout_s", 30))
-
-    def materials(self) -> int:
-        """Prepared or in preparation."""
-        return self.stock.bytes_used() // make_plan(self.catalogue.models()[0].public, 1).server_material_bytes
-
-
-def start(add: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
-    server = grpc.server(ThreadPoolExecutor(32), options=OPTIONS)
-    add(server)
-    address = listen(server, address, PLAINTEXT)
-    server.start()
-    return server, address
-
-
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
     """serve(model, **options of Stock, Limits and Sessions) -> Services, stopped after the test."""
@@ -161,3 +124,18 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
         services.inference_server.stop(0)
         services.dealer_server.stop(0)
         services.state.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, mixed_model: Model) -> Iterator[Site]:
+    save(mixed_model, tmp_path / "m.safetensors")
+    authority = Authority(tmp_path)
+    for role in ("dealer", "server"):
+        authority.issue(Identity(role, role), ["localhost", "127.0.0.1"])
+    made = Site(tmp_path, tmp_path / "m.safetensors")
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()

@@ -10,7 +10,8 @@ from model_opt.activation import IDENTITY, partial_activations, replace_relus
 from model_opt.compiler import FAILURE_TARGET, CompileError
 from protocol.model import Model
 from protocol.plan import make_plan
-from tests.conftest import SHAPE, build_compiled, make_network
+from tests.conftest import build_compiled, make_network
+from tests.services import SHAPE
 
 
 def ops(model: Model) -> list[str]:

@@ -16,7 +16,8 @@ from protocol.model import Model, save
 from protocol.online import online_client, online_server
 from protocol.plan import make_plan
 from protocol.simulation import server_graph, simulate
-from tests.conftest import CLASSES, SHAPE, build_compiled, make_network
+from tests.conftest import CLASSES, build_compiled, make_network
+from tests.services import SHAPE
 
 PINNED_STEPS = "LAAAAALALRLLALRL"
 torch.manual_seed(0)

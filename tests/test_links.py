@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-import torch
 
 from benchmarks.relay import Fault, Relay
 from client import Client
 from protocol.errors import RelucentError
-from protocol.inference import normalise_images
 from protocol.links import LINKS, Link
 from protocol.model import Model
-from protocol.simulation import simulate
-from tests.conftest import SHAPE, Services
-
-PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, *SHAPE), dtype=np.uint8))
-Serve = Callable[..., Services]
+from tests.services import PIXELS, Serve, agrees
+from tests.site import Site
 
 
 @pytest.mark.parametrize("name", ["lan", "wan", "mobile"])
@@ -73,18 +69,47 @@ def test_a_faulty_link_ends_in_time_and_the_service_goes_on(name: str, upward: b
     only where the connection is cut. TLS notices every such change.
     """
     services = serve(mixed_model, timeout_s=8, idle_s=4)
-    expected = simulate(mixed_model, normalise_images(PIXELS, mixed_model.public))
     rng = random.Random(f"{name}{upward}")
     for _ in range(4):
         fault = after(rng.randrange(200, 60_000), FAULTS[name])
-        with Relay(services.server_address, Link("none", 0.0, 0.0), up_fault=fault if upward else None,
-                   down_fault=None if upward else fault) as relay:
-            try:
-                with Client(relay.address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=8) as client:
-                    got = torch.tensor([p.logits for p in client.predict(PIXELS)], dtype=torch.float64)
-            except RelucentError:
-                continue
-            assert name != "cut" or float((got - expected).abs().max()) < 0.01
+        with (Relay(services.server_address, Link("none", 0.0, 0.0), up_fault=fault if upward else None,
+                   down_fault=None if upward else fault) as relay, contextlib.suppress(RelucentError),
+              Client(relay.address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=8) as client):
+            if name == "cut":
+                agrees(client, mixed_model)
+            else:
+                client.predict(PIXELS[:1])
     with services.client() as client:  # and the service goes on
-        got = torch.tensor([p.logits for p in client.predict(PIXELS)], dtype=torch.float64)
-        assert float((got - expected).abs().max()) < 0.01
+        agrees(client, mixed_model)
+
+
+@pytest.mark.parametrize("peer", ["server", "dealer"])
+def test_behind_tls_no_fault_gives_a_wrong_answer(peer: str, site: Site, mixed_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between client and server, or client and dealer: the right answer or a named error in time, every time."""
+    for name, value in (("TIMEOUT_S", "8"), ("IDLE_S", "4"), ("WAIT_S", "2")):
+        monkeypatch.setenv(f"RELUCENT_SERVER_{name}", value)
+    site.dealer()
+    site.server()
+    token = site.token()
+    with site.client(token=token) as client:
+        agrees(client, mixed_model)
+    rng = random.Random(peer)
+    outcomes = []
+    for name in [*FAULTS] * 3:
+        fault, upward = after(rng.randrange(3000, 60_000), FAULTS[name]), peer == "server" and bool(rng.randrange(2))
+        with Relay(site.addresses[peer], Link("none", 0.0, 0.0), up_fault=fault if upward else None,
+                   down_fault=None if upward else fault) as relay:
+            addresses = {**site.addresses, peer: relay.address}
+            started = time.monotonic()
+            try:
+                with Client(addresses["server"], addresses["dealer"], ca=site.ca, cache=site.folder / "cache", token=token,
+                            timeout_s=8) as client:
+                    agrees(client, mixed_model)
+                outcomes.append("right")
+            except RelucentError as error:
+                outcomes.append(type(error).__name__)
+            assert time.monotonic() - started < 40
+    assert set(outcomes) - {"right"}, "no fault was felt"
+    with site.client(token=token) as client:  # and the service goes on
+        agrees(client, mixed_model)
+    assert "Traceback" not in site.logs()

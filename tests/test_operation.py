@@ -7,117 +7,36 @@ import json
 import os
 import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
-import torch
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import Client, list_models
 from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, ResourceLimit, StorageError
-from protocol.inference import normalise_images, preprocess
+from protocol.inference import preprocess
 from protocol.model import Model, save
 from protocol.plan import make_plan
-from protocol.sealed import read_sealed, seal, unseal, write_sealed
-from protocol.simulation import simulate
+from protocol.sealed import load_key, read_sealed, seal, unseal, write_sealed
 from protocol.storage import client_parts, read_client, read_server, server_parts
 from protocol.tls import Identity, load_key_pair, parse_identity
 from protocol.transport import Security, connect
 from server.certificates import Authority
 from server.config import DealerSettings, ServerSettings, read_settings
 from server.sessions import Sessions
-from server.state import State, load_master_key
+from server.state import State
 from server.stock import Stock
-from tests.conftest import SHAPE, Services
+from tests.services import PIXELS, Serve, agrees, infer_messages, preprocess_open, steal, wait_for
+from tests.site import Site
 from tests.test_programs import mistake, program
 
-PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8))
-Serve = Callable[..., Services]
-
-
-def agrees(client: Client, model: Model) -> None:
-    """The private result is the simulation's."""
-    got = torch.tensor([p.logits for p in client.predict(PIXELS[:1])], dtype=torch.float64)
-    assert float((got - simulate(model, normalise_images(PIXELS[:1], model.public))).abs().max()) < 0.01
-
-
 # --- real processes with TLS ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Site:
-    """A dealer and a server with certificates, as processes; stopped after the test."""
-
-    folder: Path
-    model: Path
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-    addresses: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ca(self) -> Path:
-        return self.folder / "ca.pem"
-
-    def start(self, app: str, *arguments: object) -> tuple[subprocess.Popen[str], str]:
-        """Start a program; its process and what it printed when it was ready."""
-        command = [sys.executable, "-c", f"from server.cli import {app}_app as app; app()", "serve", *map(str, arguments), "--grace-s", "3"]
-        errors = (self.folder / f"{app}{len(self.processes)}.log").open("w")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        self.processes.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert " on " in line, Path(errors.name).read_text()
-        return process, line.strip()
-
-    def dealer(self, *more: object, listen: str = "127.0.0.1:0", listen_servers: str = "127.0.0.1:0") -> subprocess.Popen[str]:
-        tls = ["--certificate", self.folder / "dealer.pem", "--key", self.folder / "dealer-key.pem", "--ca", self.ca]
-        process, line = self.start("dealer", *tls, "--listen", listen, "--listen-servers", listen_servers, *more)
-        _, _, self.addresses["dealer"], _, self.addresses["servers"] = line.split()
-        return process
-
-    def server(self, *more: object, listen: str = "127.0.0.1:0") -> subprocess.Popen[str]:
-        tls = ["--certificate", self.folder / "server.pem", "--key", self.folder / "server-key.pem", "--ca", self.ca,
-               "--listen-certified", "127.0.0.1:0", "--client-ca", self.ca]
-        process, line = self.start("server", self.model, *tls, "--dealer", self.addresses["servers"], "--state", self.folder / "state",
-                                   "--listen", listen, *more)
-        self.addresses["server"], _, self.addresses["certified"] = line.split(" on ")[1].split()
-        return process
-
-    def token(self, name: str = "alice", days: float | None = None) -> str:
-        return self.state().create_token(name, days)
-
-    def state(self) -> State:
-        """The server's own database, as the token commands open it."""
-        folder = self.folder / "state"
-        return State(f"sqlite:///{folder / 'state.db'}", load_master_key(folder / "master.key"))
-
-    def client(self, **identity: object) -> Client:
-        return Client(self.addresses["server"], self.addresses["dealer"], ca=self.ca, cache=self.folder / "cache",  # type: ignore[arg-type]
-                      timeout_s=30, **identity)
-
-
-@pytest.fixture
-def site(tmp_path: Path, mixed_model: Model) -> Iterator[Site]:
-    save(mixed_model, tmp_path / "m.safetensors")
-    authority = Authority(tmp_path)
-    for role in ("dealer", "server"):
-        authority.issue(Identity(role, role), ["localhost", "127.0.0.1"])
-    made = Site(tmp_path, tmp_path / "m.safetensors")
-    yield made
-    for process in made.processes:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 def test_tls_tokens_and_certificates_end_to_end(site: Site, mixed_model: Model) -> None:
@@ -162,9 +81,8 @@ def test_tls_tokens_and_certificates_end_to_end(site: Site, mixed_model: Model) 
     listed = json.loads(program("server", "token", "list", "--state", site.folder / "state", "--json").stdout)
     assert [(t["name"], t["valid"]) for t in listed] == [("alice", False), ("carol", False)]
     assert token not in (site.folder / "state" / "state.db").read_bytes().decode(errors="replace")
-    logs = "".join(p.read_text() for p in site.folder.glob("*.log"))
-    assert token not in logs
-    assert "Traceback" not in logs
+    assert token not in site.logs()
+    assert "Traceback" not in site.logs()
 
 
 def test_the_dealer_lets_servers_only_register(site: Site) -> None:
@@ -257,10 +175,10 @@ def test_killed_server_never_takes_material_again(messages: int, site: Site, mix
     server = site.server()
     client = site.client(token=site.token())
     client.preprocess(2)
-    prepared = client._stock[1][0]
-    opening = pb.InferUp(open=pb.InferOpen(protocol_version=1, model_id=client.model.model_id, client_secret=prepared.secret,
-                                           material_id=prepared.material.material_id))
-    sizes = [ring.ELEMENT_BYTES * 192, *(8 * s.active for s in prepared.material.plan.activations)]
+    material_id, secret = steal(client)
+    opening = pb.InferUp(open=pb.InferOpen(protocol_version=1, model_id=client.model.model_id, client_secret=secret,
+                                           material_id=material_id))
+    sizes = [ring.ELEMENT_BYTES * 192, *(8 * s.active for s in client._plan(1).activations)]
     done = threading.Event()
 
     def requests() -> Iterator[pb.InferUp]:
@@ -279,8 +197,9 @@ def test_killed_server_never_takes_material_again(messages: int, site: Site, mix
     done.set()
     site.server(listen=site.addresses["server"])
     with pytest.raises(MaterialError, match=r"used|unknown"):
-        client.predict(PIXELS[:1])
-    agrees(client, mixed_model)  # prepares anew
+        infer_messages(client, material_id, secret)
+    agrees(client, mixed_model)  # with the second, which outlived the server
+    assert client.prepared() == 0
     client.close()
 
 
@@ -356,11 +275,11 @@ def test_several_machines_share_a_postgresql(postgresql: str, serve: Serve, mixe
     with servers[0].client() as client:
         client.preprocess(1)
         assert servers[1].materials() == 1
-        material_id, secret = client._stock[1][0].material.material_id, client._stock[1][0].secret
+        material_id, secret = steal(client)
         taken = servers[1].stock.take(material_id, secret, mixed_model.public.model_id, servers[1].catalogue.models()[0].plan)
         assert taken.plan.batch == 1
         with pytest.raises(MaterialError, match="used"):
-            client.predict(PIXELS[:1])
+            infer_messages(client, material_id, secret)
         agrees(client, mixed_model)
 
 
@@ -445,15 +364,15 @@ def test_expiry_and_a_jumping_clock(tmp_path: Path, mixed_model: Model, halves: 
 
 
 def test_master_key(tmp_path: Path) -> None:
-    key = load_master_key(tmp_path / "a" / "k")
-    assert load_master_key(tmp_path / "a" / "k") == key
+    key = load_key(tmp_path / "a" / "k")
+    assert load_key(tmp_path / "a" / "k") == key
     (tmp_path / "a" / "k").chmod(0o644)
     with pytest.raises(InputError, match="others can read"):
-        load_master_key(tmp_path / "a" / "k")
+        load_key(tmp_path / "a" / "k")
     (tmp_path / "short").write_bytes(b"x")
     (tmp_path / "short").chmod(0o600)
-    with pytest.raises(InputError, match="no master key"):
-        load_master_key(tmp_path / "short")
+    with pytest.raises(InputError, match="is no key"):
+        load_key(tmp_path / "short")
     with pytest.raises(StorageError):
         State("sqlite:////nonexistent/folder/s.db", key)
     with pytest.raises(InputError, match="database address"):
@@ -547,8 +466,6 @@ def test_one_client_cannot_fill_the_stock(serve: Serve, relu_model: Model) -> No
 
 
 def test_idle_sessions_end(serve: Serve, relu_model: Model) -> None:
-    from tests.test_services import preprocess_open
-
     services = serve(relu_model, idle_s=0.5)
     with services.client() as client:
         hold = threading.Event()
@@ -562,10 +479,7 @@ def test_idle_sessions_end(serve: Serve, relu_model: Model) -> None:
             list(client._server.Preprocess(requests(), timeout=20))
         assert time.monotonic() - started < 8
         hold.set()
-        deadline = time.monotonic() + 10
-        while services.materials() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert services.materials() == 0
+        wait_for(lambda: not services.materials())
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

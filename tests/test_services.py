@@ -6,14 +6,11 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-import torch
 
 from client import Client
 from protocol import errors
@@ -30,34 +27,20 @@ from protocol.errors import (
     StorageError,
     VersionMismatch,
 )
-from protocol.inference import normalise_images
 from protocol.model import Model
-from protocol.simulation import simulate
 from protocol.transport import STATUS, abort, connect, translate
 from protocol.wire import FRAME_BYTES, to_chunks
 from server.catalogue import HostedModel
 from server.dealer import DealerService
 from server.state import State
-from tests.conftest import PLAINTEXT, SHAPE, Services, start
-
-PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8))
-Serve = Callable[..., Services]
-
-
-def expected(model: Model, pixels: torch.Tensor) -> torch.Tensor:
-    return simulate(model, normalise_images(pixels, model.public))
-
-
-def close(client: Client, model: Model, pixels: torch.Tensor) -> None:
-    got = torch.tensor([p.logits for p in client.predict(pixels)], dtype=torch.float64)
-    assert float((got - expected(model, pixels)).abs().max()) < 0.01
+from tests.services import PIXELS, PLAINTEXT, Serve, Services, agrees, infer_messages, preprocess_open, start, steal, wait_for
 
 
 def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None:
     services = serve(mixed_model, max_batch=3)
     with services.client() as client:
-        close(client, mixed_model, PIXELS)  # four images, at most three in a batch
-        close(client, mixed_model, PIXELS[:1])
+        agrees(client, mixed_model, PIXELS)  # four images, at most three in a batch
+        agrees(client, mixed_model, PIXELS[:1])
         assert client.last_online is not None
         plan = client._plan(1)
         assert client.last_online.rounds == plan.rounds
@@ -77,7 +60,7 @@ def test_preprocessing_ahead(serve: Serve, relu_model: Model) -> None:
         client.preprocess(3, progress=done.append)
         assert (client.prepared(), done, services.materials()) == (3, [1, 2, 3], 3)
         for left in (2, 1, 0):
-            close(client, relu_model, PIXELS[:1])
+            agrees(client, relu_model, PIXELS[:1])
             assert client.prepared() == left
         client.preprocess(2)
     assert services.materials() == 0  # close discards
@@ -91,7 +74,7 @@ def test_concurrent_clients_do_not_disturb_each_other(serve: Serve, mixed_model:
         try:
             with services.client() as client:
                 for _ in range(3):
-                    close(client, mixed_model, PIXELS[index : index + 1])
+                    agrees(client, mixed_model, PIXELS[index : index + 1])
         except BaseException as error:
             failures.append(error)
 
@@ -106,14 +89,14 @@ def test_concurrent_clients_do_not_disturb_each_other(serve: Serve, mixed_model:
 def test_delta_is_cached_and_a_damaged_copy_replaced(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
     with services.client() as client:
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
     (file,) = services.cache.iterdir()
     before = file.stat().st_mtime_ns
     with services.client():
         assert file.stat().st_mtime_ns == before
     file.write_bytes(bytes(len(file.read_bytes())))
     with services.client() as client:
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
     (file,) = services.cache.iterdir()
     assert any(file.read_bytes())
 
@@ -144,33 +127,12 @@ def test_full_disk(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPa
 # --- single use ------------------------------------------------------------------------------------------------------
 
 
-def steal(client: Client) -> tuple[bytes, bytes]:
-    """Id and secret of the next prepared material."""
-    prepared = client._stock[1][0]
-    return prepared.material.material_id, prepared.secret
-
-
-def infer_messages(client: Client, material_id: bytes, secret: bytes, *chunks: pb.Chunk, **changes: Any) -> list[pb.Chunk]:
-    """A raw Infer call; raises what the server meant."""
-    terms = {"protocol_version": 1, "model_id": client.model.model_id, "material_id": material_id, "client_secret": secret}
-
-    def messages() -> Iterator[pb.InferUp]:
-        yield pb.InferUp(open=pb.InferOpen(**(terms | changes)))
-        for chunk in chunks:
-            yield pb.InferUp(chunk=chunk)
-
-    try:
-        return list(client._server.Infer(messages(), timeout=10))
-    except grpc.RpcError as error:
-        raise translate(error, "the server") from None
-
-
 def test_used_material_is_refused(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
     with services.client() as client:
         client.preprocess(1)
         material_id, secret = steal(client)
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
         with pytest.raises(MaterialError, match="used"):
             infer_messages(client, material_id, secret)
 
@@ -185,10 +147,8 @@ def test_material_is_spent_by_an_aborted_online_phase(serve: Serve, relu_model: 
             infer_messages(client, material_id, secret, chunk)
         with pytest.raises(MaterialError, match="used"):
             infer_messages(client, material_id, secret, chunk)
-        with pytest.raises(MaterialError):
-            client.predict(PIXELS[:1])
-        assert client.prepared() == 0  # and the client does not offer it again
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])  # the client finds it refused, and prepares anew
+        assert client.prepared() == 0
 
 
 def test_material_of_another_client_is_refused_and_stays_good(serve: Serve, relu_model: Model) -> None:
@@ -199,16 +159,20 @@ def test_material_of_another_client_is_refused_and_stays_good(serve: Serve, relu
         with pytest.raises(MaterialError, match="unknown"):
             infer_messages(client, material_id, bytes(32))
         services.stock.discard(material_id, bytes(32))
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
 
 
 def test_expired_material(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model, lifetime_s=0.5)
     with services.client() as client:
         client.preprocess(1)
+        material_id, secret = steal(client)
         time.sleep(0.6)
         with pytest.raises(MaterialError, match=r"expired|used"):
-            client.predict(PIXELS[:1])
+            infer_messages(client, material_id, secret)
+        assert client.prepared() == 0
+        services.stock.lifetime_s = 60
+        agrees(client, relu_model, PIXELS[:1])
 
 
 def test_stock_limit(serve: Serve, relu_model: Model) -> None:
@@ -220,7 +184,7 @@ def test_stock_limit(serve: Serve, relu_model: Model) -> None:
         client.preprocess(2)
         with pytest.raises(ResourceLimit, match="no room"):
             client.preprocess(1)
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
         client.preprocess(1)
 
 
@@ -243,8 +207,8 @@ def test_deviating_messages_end_the_session_only(name: str, serve: Serve, relu_m
         material_id, secret = steal(client)
         with pytest.raises(ProtocolViolation):
             infer_messages(client, material_id, secret, *DEVIATIONS[name])
-        client._stock[1].popleft()
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
+        assert client.prepared() == 0  # the spent one was refused, the other served
 
 
 def test_wrong_phase_model_and_version(serve: Serve, relu_model: Model) -> None:
@@ -261,13 +225,7 @@ def test_wrong_phase_model_and_version(serve: Serve, relu_model: Model) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             list(client._server.Infer(iter([pb.InferUp(chunk=pb.Chunk(data=b"x"))]), timeout=10))
         assert isinstance(translate(caught.value, "the server"), ProtocolViolation)
-        close(client, relu_model, PIXELS[:1])
-
-
-def preprocess_open(client: Client, **changes: Any) -> pb.PreprocessUp:
-    terms = {"protocol_version": 1, "model_id": client.model.model_id, "delta_id": client._delta_id, "batch": 1,
-             "client_id": bytes(32)}
-    return pb.PreprocessUp(open=pb.PreprocessOpen(**(terms | changes)))
+        agrees(client, relu_model, PIXELS[:1])
 
 
 @pytest.mark.parametrize(("change", "kind"), [
@@ -289,10 +247,7 @@ def test_client_gone_during_preprocessing_frees_the_reservation(serve: Serve, re
         assert len(next(call).material_id) == 16
         assert services.materials() == 1
         call.cancel()
-        deadline = time.monotonic() + 45
-        while services.materials() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert services.materials() == 0
+        wait_for(lambda: not services.materials(), 45)
 
 
 def another_registration(services: Services, model: Model) -> HostedModel:
@@ -387,11 +342,11 @@ def test_dealer_refuses_junk_models(data: bytes, serve: Serve, relu_model: Model
 def test_restarted_dealer_is_registered_with_again(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model)
     with services.client() as client:
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
         services.dealer_server.stop(0).wait()
         fresh = DealerService(plaintext=True)
         services.dealer_server, _ = start(lambda s: rpc.add_DealingServicer_to_server(fresh, s), services.dealer_address)
-        close(client, relu_model, PIXELS[:1])
+        agrees(client, relu_model, PIXELS[:1])
 
 
 def test_dealer_down(serve: Serve, relu_model: Model) -> None:
@@ -399,7 +354,7 @@ def test_dealer_down(serve: Serve, relu_model: Model) -> None:
     with services.client() as client:
         client.preprocess(1)
         services.dealer_server.stop(0).wait()
-        close(client, relu_model, PIXELS[:1])  # prepared material needs no dealer
+        agrees(client, relu_model, PIXELS[:1])  # prepared material needs no dealer
         with pytest.raises(PeerError):
             client.preprocess(1)
 

@@ -16,7 +16,7 @@ from protocol.model import Model
 from protocol.online import online_client, online_server
 from protocol.prg import Seed
 from protocol.simulation import server_graph, server_parameters
-from tests.conftest import SHAPE
+from tests.services import SHAPE
 from tests.test_dcf import bias
 
 LIMIT = 6.0  # standard deviations of the chi-square statistic
