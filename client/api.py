@@ -36,10 +36,11 @@ from protocol.plan import Plan, make_plan, weight_shapes
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
 from protocol.timeline import Timeline
-from protocol.transport import TIMELINE_KEY, RequestQueue, Security, connect, next_message, translate, unpack_timeline
+from protocol.transport import ACCEPTED_KEY, TIMELINE_KEY, RequestQueue, Security, connect, next_message, translate, unpack_timeline
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
+    MAX_DISCARDS,
     PROTOCOL_VERSION,
     SECRET_BYTES,
     ChunkReceiver,
@@ -174,11 +175,11 @@ class Client:
             self._refilling.join()
 
     def _discard(self, materials: list[tuple[bytes, bytes]]) -> None:
-        if not materials:
-            return
-        request = pb.DiscardRequest(material_ids=[m for m, _ in materials], client_secrets=[s for _, s in materials])
         with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: closed by now; the server forgets them by itself in time
-            self._server.Discard(request, timeout=5)
+            for start in range(0, len(materials), MAX_DISCARDS):
+                part = materials[start : start + MAX_DISCARDS]
+                request = pb.DiscardRequest(material_ids=[m for m, _ in part], client_secrets=[s for _, s in part])
+                self._server.Discard(request, timeout=5)
 
     def _close_channels(self) -> None:
         for channel in self._channels:
@@ -229,7 +230,8 @@ class Client:
             size = ring.ELEMENT_BYTES * torch.Size(shape).numel()
             self._delta[name] = ring.from_bytes(data[position : position + size], shape)
             position += size
-        self._delta_id, self._registration_id, self.max_batch = delta_id, offer.registration_id, int(offer.max_batch)
+        self._delta_id, self._mask_id, self._registration_id = delta_id, offer.mask_id, offer.registration_id
+        self.max_batch = int(offer.max_batch)
         if self._stock_folder is not None:
             self._stock = DiskStock(self._stock_folder, self._stock_key, bytes.fromhex(model.model_id) + offer.registration_id + delta_id)
 
@@ -330,7 +332,8 @@ class Client:
             material_id = check_bytes(next_message(replies, "the server").material_id, ID_BYTES, "the material id")
             dealt = self._dealer.FetchMaterial(pb.MaterialRequest(
                 protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id, registration_id=self._registration_id,
-                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret), timeout=self._timeout_s)
+                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret, mask_id=self._mask_id),
+                timeout=self._timeout_s)
             try:
                 seed = Seed(check_bytes(next_message(dealt, "the dealer").seed, SECRET_BYTES, "the seed"))
                 source = ChunkReceiver(lambda: next_message(dealt, "the dealer").chunk)
@@ -425,10 +428,14 @@ class Client:
         sender = ChunkSender(lambda chunk: up.put(pb.InferUp(chunk=chunk)))
         receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
         try:
+            if prepared.stored and ACCEPTED_KEY not in dict(replies.initial_metadata() or ()):
+                next_message(replies, "the server")  # raises what the server means
+                raise ProtocolViolation("the server neither accepts the material nor refuses it")
             timeline.lap("setup")
             result = online_client(prepared.material, x_ring, Duplex(sender, receiver), timeline)
         except BaseException:
             replies.cancel()
+            self._discard([(prepared.material.material_id, prepared.secret)])  # if the server did not get as far as taking it
             raise
         finally:
             up.close()

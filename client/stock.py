@@ -29,11 +29,16 @@ from protocol.wire import SECRET_BYTES
 
 @dataclass(frozen=True, repr=False)
 class Prepared:
-    """Material for one inference, the secret that proves it to the server, and when it expires, in seconds since 1970."""
+    """Material for one inference, the secret that proves it to the server, and when it expires, in seconds since 1970.
+
+    stored: it comes from disk, of which there may be a copy. The image's mask may then be used after the server has accepted
+    the material only, which it does once, whoever asks.
+    """
 
     material: Material[ClientContents]
     secret: bytes
     expires: float
+    stored: bool = False
 
     def __repr__(self) -> str:
         return f"Prepared(batch={self.material.plan.batch}, <secret>)"
@@ -170,7 +175,7 @@ class DiskStock:
             try:
                 keys = unseal(self._key, row[2], material_id)
                 contents = read_client(plan, read_sealed(self._path(material_id), keys[:KEY_BYTES], material_id))
-                return Prepared(Material(material_id, plan, contents), keys[KEY_BYTES:][:SECRET_BYTES], row[1])
+                return Prepared(Material(material_id, plan, contents), keys[KEY_BYTES:][:SECRET_BYTES], row[1], True)
             except MaterialError:
                 continue  # a damaged file: the next one
             finally:

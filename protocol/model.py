@@ -275,7 +275,24 @@ def load(path: Path) -> Model:
     private = {k[8:]: v for k, v in tensors.items() if k.startswith("private.")}
     if tensors_digest(private).hex() != public.private_digest:
         raise ModelFileError(f"the private part of {path} does not match its checksum; the file is corrupt", hint)
+    _check_private(public, private)
     return Model(public, private)
+
+
+def _check_private(public: PublicModel, private: Mapping[str, Tensor]) -> None:
+    """Raise ModelFileError unless the private tensors are those of the public layers."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for node in public.nodes:
+        if node.op in PRIVATE_MAPS:
+            shape = tuple(node.attrs["shape"])
+            expected |= {f"{node.name}.weight": shape, f"{node.name}.bias": shape if node.op == "scale" else shape[:1]}
+        elif node.op == "activation":
+            expected |= dict.fromkeys((f"{node.name}.c1", f"{node.name}.c0"), public.masks[node.name].shape[:1])
+    steps = {name: (shape[0],) for name, shape in ((f"{n}_step", s) for n, s in expected.items()) if name in private}
+    for name, shape in (expected | steps).items():
+        _require(name in private and tuple(private[name].shape) == tuple(shape), f"the tensor {name!r} is missing or of another shape")
+        _require(private[name].is_floating_point() != name.endswith((".weight", "_step")), f"the tensor {name!r} has another type")
+    _require(set(private) == {*expected, *steps, "salt"}, "there are tensors that no layer uses")
 
 
 def _require(condition: bool, what: str) -> None:

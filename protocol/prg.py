@@ -44,6 +44,10 @@ class Seed:
         """The bytes, to send over an authenticated channel to the one party that may hold them."""
         return self._key
 
+    def public_id(self) -> bytes:
+        """32 bytes that name this seed and reveal nothing of it."""
+        return hashlib.blake2b(key=self._key, digest_size=32, person=b"relucent-name").digest()
+
     def derive(self, label: str) -> Seed:
         """An independent seed for `label`."""
         return Seed(hashlib.blake2b(label.encode(), key=self._key, digest_size=32, person=b"relucent-derive").digest())

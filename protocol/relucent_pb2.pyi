@@ -21,7 +21,7 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "registration_id", "delta_id", "delta_bytes", "public_bytes", "max_batch", "name")
+    __slots__ = ("protocol_version", "model_id", "registration_id", "delta_id", "delta_bytes", "public_bytes", "max_batch", "name", "mask_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Offer(_message.Message):
     PUBLIC_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    MASK_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     registration_id: bytes
@@ -38,7 +39,8 @@ class Offer(_message.Message):
     public_bytes: int
     max_batch: int
     name: str
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., delta_id: _Optional[bytes] = ..., delta_bytes: _Optional[int] = ..., public_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+    mask_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., delta_id: _Optional[bytes] = ..., delta_bytes: _Optional[int] = ..., public_bytes: _Optional[int] = ..., max_batch: _Optional[int] = ..., name: _Optional[str] = ..., mask_id: _Optional[bytes] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("protocol_version", "name")
@@ -181,7 +183,7 @@ class Registration(_message.Message):
     def __init__(self, weight_mask_seed: _Optional[bytes] = ...) -> None: ...
 
 class MaterialRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "registration_id", "material_id", "client_id", "batch", "registration_secret", "client_secret")
+    __slots__ = ("protocol_version", "model_id", "registration_id", "material_id", "client_id", "batch", "registration_secret", "client_secret", "mask_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +192,7 @@ class MaterialRequest(_message.Message):
     BATCH_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_SECRET_FIELD_NUMBER: _ClassVar[int]
     CLIENT_SECRET_FIELD_NUMBER: _ClassVar[int]
+    MASK_ID_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     registration_id: bytes
@@ -198,7 +201,8 @@ class MaterialRequest(_message.Message):
     batch: int
     registration_secret: bytes
     client_secret: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., material_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., registration_secret: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ...) -> None: ...
+    mask_id: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., material_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., registration_secret: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ..., mask_id: _Optional[bytes] = ...) -> None: ...
 
 class MaterialDown(_message.Message):
     __slots__ = ("seed", "chunk")

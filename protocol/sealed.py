@@ -6,8 +6,8 @@ authenticated, so that chunks cannot be swapped, cut off or moved to another fil
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,29 +25,26 @@ KEY_BYTES = 32
 def load_key(path: Path) -> bytes:
     """A key that encrypts secrets at rest; made on first use, readable by its owner only. Raises InputError, StorageError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            if path.stat().st_mode & 0o037:  # a group may read it, as orchestrators mount secrets
-                raise InputError(f"others can read the key {path}", f"chmod 600 {path}") from None
-        else:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.urandom(8).hex()}")
             try:
-                with os.fdopen(descriptor, "wb") as out:
+                with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                     out.write(os.urandom(KEY_BYTES))
                     out.flush()
                     os.fsync(out.fileno())
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-        for _ in range(50):  # another process may be writing it just now
-            key = path.read_bytes()
-            if len(key) == KEY_BYTES:
-                return key
-            time.sleep(0.02)
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    os.link(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+        if path.stat().st_mode & 0o037:  # a group may read it, as orchestrators mount secrets
+            raise InputError(f"others can read the key {path}", f"chmod 600 {path}")
+        key = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot use the key {path}: {error.strerror}", "check the folder and its permissions") from error
-    raise InputError(f"{path} is no key of {KEY_BYTES} bytes", "restore it from a backup; stored material is lost without it")
+    if len(key) != KEY_BYTES:
+        raise InputError(f"{path} is no key of {KEY_BYTES} bytes", "restore it from a backup; stored material is lost without it")
+    return key
 
 
 def seal(key: bytes, secret: bytes, label: bytes) -> bytes:

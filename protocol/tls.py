@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from protocol.errors import InputError
+from protocol.errors import AccessDenied, InputError
 
 ROLES = ("server", "dealer", "client")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -82,3 +82,17 @@ def load_key_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
     if own.not_valid_after_utc < datetime.now(UTC):
         raise InputError(f"{certificate} expired on {own.not_valid_after_utc:%Y-%m-%d}", "issue a new one with `init --renew`")
     return secret, chain
+
+
+def check_valid(pem: bytes) -> None:
+    """Raise AccessDenied if a peer's certificate has expired: TLS looks at it when the connection is made only."""
+    if x509.load_pem_x509_certificate(pem).not_valid_after_utc < datetime.now(UTC):
+        raise AccessDenied("the certificate has expired", "ask for a new one")
+
+
+def seconds_left(path: Path) -> float:
+    """How long a certificate file is valid yet; negative if it has expired or cannot be read."""
+    try:
+        return (x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc - datetime.now(UTC)).total_seconds()
+    except (OSError, ValueError):
+        return -1.0

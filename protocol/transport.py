@@ -27,7 +27,7 @@ import grpc
 from protocol import errors
 from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch
 from protocol.timeline import Timeline
-from protocol.tls import Identity, load_ca, load_key_pair, parse_identity
+from protocol.tls import Identity, check_valid, load_ca, load_key_pair, parse_identity
 
 log = logging.getLogger("relucent")
 
@@ -58,6 +58,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
 _NAME_KEY = "relucent-error"
 TIMELINE_KEY = "relucent-timeline-bin"
+ACCEPTED_KEY = "relucent-accepted"
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
@@ -121,8 +122,7 @@ def listen(server: grpc.Server, address: str, security: Security, verify_peers: 
             raise InputError("no certificate", "make one with `init` and pass --certificate and --key, or --insecure on trusted networks")
         if verify_peers and security.ca is None:
             raise InputError("no CA certificate to verify peers with", "pass --ca")
-        ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
-        credentials = grpc.ssl_server_credentials([pair], ca, verify_peers)
+        credentials = _renewable(security, pair, verify_peers)
 
         def add(where: str) -> int:
             return int(server.add_secure_port(where, credentials))
@@ -136,9 +136,39 @@ def listen(server: grpc.Server, address: str, security: Security, verify_peers: 
     return f"{host}:{bound}"
 
 
+def _renewable(security: Security, pair: tuple[bytes, bytes], verify_peers: bool) -> grpc.ServerCredentials:
+    """Credentials whose files are read again once they change: a renewed certificate counts for the next connection."""
+    ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
+    files = [path for path in (security.certificate, security.key, security.ca if verify_peers else None) if path is not None]
+
+    def times() -> list[int]:
+        return [path.stat().st_mtime_ns for path in files]
+
+    seen = times()
+
+    def fetch() -> Any:
+        nonlocal seen
+        try:
+            now = times()
+            if now == seen:
+                return None
+            fresh = security.pair()
+            fresh_ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
+        except (OSError, InputError) as error:
+            log.error("the renewed certificate cannot be used, the old one stays: %s", error)
+            return None
+        seen = now
+        return grpc.ssl_server_certificate_configuration([fresh], fresh_ca)
+
+    return grpc.dynamic_ssl_server_credentials(grpc.ssl_server_certificate_configuration([pair], ca), fetch, verify_peers)
+
+
 def certified(context: grpc.ServicerContext) -> Identity | None:
-    """The caller's identity by its verified certificate; None without one."""
-    for uri in context.auth_context().get("peer_uri", ()):
+    """The caller's identity by its verified certificate; None without one. Raises AccessDenied if it has expired since the handshake."""
+    shown = context.auth_context()
+    for pem in shown.get("x509_pem_cert", ()):
+        check_valid(pem)
+    for uri in shown.get("peer_uri", ()):
         identity = parse_identity(uri.decode(errors="replace"))
         if identity is not None:
             return identity
@@ -160,10 +190,15 @@ def bearer_token(context: grpc.ServicerContext) -> str | None:
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     """End a call with the status of `error`; anything unexpected becomes one neutral sentence and a log entry."""
+    if not isinstance(error, RelucentError):
+        log.error("a call failed inside", exc_info=error)
+    _end(context, error)
+
+
+def _end(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     if isinstance(error, RelucentError):
         context.set_trailing_metadata(((_NAME_KEY, type(error).__name__),))
         context.abort(STATUS[type(error)], str(error))
-    log.error("a call failed inside", exc_info=error)
     context.abort(grpc.StatusCode.INTERNAL, "the peer failed inside; its log says more")
     raise AssertionError("abort returns never")
 
@@ -178,6 +213,8 @@ def translate(error: grpc.RpcError, peer: str) -> RelucentError:
         return kind(f"{peer}: {detail}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerTimeout(f"{peer} did not answer within the deadline", "try again, or raise --timeout")
+    if code == grpc.StatusCode.CANCELLED:
+        return PeerTimeout(f"{peer} ended the call: it stood still, or took too long", "try again; is the link too slow for this batch?")
     if code == grpc.StatusCode.UNAVAILABLE and any(word in detail.lower() for word in ("handshake", "certificate", "ssl", "tls")):
         reason = "its certificate is not trusted, expired, or for another name" if "CERTIFICATE_VERIFY_FAILED" in detail else "TLS failed"
         return PeerError(f"no secure connection to {peer}: {reason}", "check --ca, both certificates, the address and the clock")
@@ -276,6 +313,7 @@ def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | No
             if idle_s is not None:
                 left = min(left, last + idle_s - time.monotonic())
             if left <= 0:
+                log.warning("a call is cancelled: it stood still, or took too long")
                 context.cancel()
                 return
             if over.wait(left):
@@ -288,18 +326,27 @@ def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | No
         over.set()
 
 
-def run_session(work: Callable[[Callable[[Any], None], Iterator[Any]], None], requests: Iterator[Any], context: grpc.ServicerContext,
-                limit_s: float, idle_s: float | None = None) -> Iterator[Any]:
-    """Serve one streaming call: `work(transmit, incoming)` runs in a thread of its own, what it transmits is yielded.
+@dataclass(frozen=True)
+class Session:
+    """What serves one streaming call: `send` to the caller, `incoming` from it, and `touch`, a sign of life from anywhere else."""
 
-    The call is cancelled after `limit_s` seconds, or when no message went either way for `idle_s`, whatever the peer's own
-    deadline; an error becomes its status.
+    send: Callable[[Any], None]
+    incoming: Iterator[Any]
+    touch: Callable[[], None]
+
+
+def run_session(work: Callable[[Session], None], requests: Iterator[Any], context: grpc.ServicerContext, limit_s: float,
+                idle_s: float | None = None) -> Iterator[Any]:
+    """Serve one streaming call: `work(session)` runs in a thread of its own, what it sends is yielded.
+
+    The call is cancelled after `limit_s` seconds, or when there was no message either way and no `touch` for `idle_s`, whatever
+    the peer's own deadline; an error becomes its status.
     """
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
     gone = threading.Event()
     when_over(context, gone.set)
 
-    def transmit(message: Any, error: BaseException | None = None) -> None:
+    def put(message: Any, error: BaseException | None = None) -> None:
         while True:
             if gone.is_set():
                 raise PeerError("the peer ended the call")
@@ -309,17 +356,20 @@ def run_session(work: Callable[[Callable[[Any], None], Iterator[Any]], None], re
             except queue.Full:
                 continue
 
-    def run(incoming: Iterator[Any]) -> None:
+    def run(session: Session) -> None:
         failure: BaseException | None = None
         try:
-            work(transmit, incoming)
+            work(session)
         except BaseException as error:
             failure = error
+            if not isinstance(error, RelucentError):
+                log.error("a call failed inside", exc_info=error)
         try:
-            transmit(None, failure)
+            put(None, failure)
         except PeerError:
-            if failure is not None and not isinstance(failure, RelucentError):
-                log.error("a call failed inside after its peer had gone", exc_info=failure)
+            pass
+        finally:
+            failure = None  # its traceback holds this frame, and with it all that the session held
 
     try:
         with time_limit(context, limit_s, idle_s) as touch:
@@ -329,7 +379,7 @@ def run_session(work: Callable[[Callable[[Any], None], Iterator[Any]], None], re
                     touch()
                     yield request
 
-            threading.Thread(target=run, args=(heard(),), daemon=True, name="session").start()
+            threading.Thread(target=run, args=(Session(put, heard(), touch),), daemon=True, name="session").start()
             while True:
                 try:
                     message, failure = outgoing.get(timeout=0.5)
@@ -339,7 +389,7 @@ def run_session(work: Callable[[Callable[[Any], None], Iterator[Any]], None], re
                         return
                     continue
                 if failure is not None:
-                    abort(context, failure)
+                    _end(context, failure)
                 if message is None:
                     return
                 yield message

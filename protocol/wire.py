@@ -17,6 +17,8 @@ CHUNK_BYTES = 1 << 20
 FRAME_BYTES = 5
 """gRPC's prefix of every message."""
 ID_BYTES = 16
+MAX_DISCARDS = 256
+"""Materials that one Discard names at most."""
 SECRET_BYTES = 32
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
 from protocol.dealing import weight_masks
-from protocol.errors import InputError, ModelMismatch, PeerError, ProtocolViolation
+from protocol.errors import AccessDenied, InputError, ModelMismatch, PeerError, ProtocolViolation
 from protocol.inference import make_delta
 from protocol.model import Model, load
 from protocol.plan import Plan, make_plan
@@ -26,6 +27,15 @@ from server.state import State
 
 log = logging.getLogger("relucent.server")
 REGISTER_S = 30.0
+
+
+@dataclass(frozen=True, repr=False)
+class Published:
+    """Delta as bytes, its SHA-256, and the id of the masks that it was made with."""
+
+    delta: bytes
+    delta_id: bytes
+    mask_id: bytes
 
 
 class HostedModel:
@@ -45,7 +55,7 @@ class HostedModel:
         self._stub, self._timeout_s = rpc.DealingStub(dealer), timeout_s
         self._secret = state.registration_secret(self.model_id)
         self.registration_id = hashlib.sha256(self._secret).digest()
-        self._delta: tuple[bytes, bytes] | None = None
+        self._published: Published | None = None
         self._lock = threading.Lock()
 
     @property
@@ -58,11 +68,11 @@ class HostedModel:
             self._plans[batch] = make_plan(self.public, batch)
         return self._plans[batch]
 
-    def delta(self) -> tuple[bytes, bytes]:
-        """Delta and its SHA-256. Raises PeerError before the dealer has been reached."""
-        if self._delta is None:
+    def published(self) -> Published:
+        """What clients get. Raises PeerError before the dealer has been reached."""
+        if self._published is None:
             raise PeerError("the server has not reached its dealer yet")
-        return self._delta
+        return self._published
 
     def register(self, timeout_s: float) -> None:
         """Register with the dealer, waiting for it up to `timeout_s`, and compute Delta. Raises PeerError and its kin."""
@@ -81,23 +91,33 @@ class HostedModel:
             seed = Seed(check_bytes(reply.weight_mask_seed, SECRET_BYTES, "the weight mask seed"))
             masks = weight_masks(self.public, seed)
             data = b"".join(bytes(ring.to_bytes(part)) for part in make_delta(self._model, masks).values())
-            self._delta = data, hashlib.sha256(data).digest()
+            self._published = Published(data, hashlib.sha256(data).digest(), seed.public_id())
         log.info("registered %s with the dealer", self.model_id[:12])
 
     def register_again(self, stale: bytes) -> None:
         """Register anew unless that has happened since Delta had the id `stale`."""
-        if self._delta is None or self._delta[1] == stale:
+        if self._published is None or self._published.delta_id == stale:
             self.register(REGISTER_S)
 
-    def fetch(self, plan: Plan, material_id: bytes, client_id: bytes, context: grpc.ServicerContext) -> tuple[Seed, ChunkReceiver]:
-        """Ask for the server's part of one material; the request ends with the client's call `context`."""
+    def fetch(self, plan: Plan, material_id: bytes, client_id: bytes, mask_id: bytes, context: grpc.ServicerContext,
+              touch: Callable[[], None]) -> tuple[Seed, ChunkReceiver]:
+        """Ask for the server's part of one material; the request ends with the client's call `context`, `touch` is called as it comes."""
         request = pb.MaterialRequest(
             protocol_version=PROTOCOL_VERSION, model_id=self.model_id, registration_id=self.registration_id,
-            material_id=material_id, client_id=client_id, batch=plan.batch, registration_secret=self._secret)
+            material_id=material_id, client_id=client_id, batch=plan.batch, registration_secret=self._secret, mask_id=mask_id)
         messages = self._stub.FetchMaterial(request, timeout=self._timeout_s)
         when_over(context, messages.cancel)
-        seed = Seed(check_bytes(next_message(messages, "the dealer").seed, SECRET_BYTES, "the seed"))
-        return seed, ChunkReceiver(lambda: next_message(messages, "the dealer").chunk)
+
+        def following() -> pb.MaterialDown:
+            try:
+                message: pb.MaterialDown = next_message(messages, "the dealer")
+            except AccessDenied as error:  # of this server, not of its client
+                raise PeerError(f"the dealer refuses this server: {error}") from None
+            touch()
+            return message
+
+        seed = Seed(check_bytes(following().seed, SECRET_BYTES, "the seed"))
+        return seed, ChunkReceiver(lambda: following().chunk)
 
 
 def load_models(paths: list[Path]) -> list[Model]:
@@ -150,6 +170,7 @@ class Catalogue:
         """The model of an id. Raises ModelMismatch."""
         if len(model_id) > 64:
             raise ProtocolViolation("a model id has 64 characters")
-        if model_id not in self._by_id:
+        hosted = self._by_id.get(model_id)
+        if hosted is None:
             raise ModelMismatch("this server holds another model", "ask the server for its model again")
-        return self._by_id[model_id]
+        return hosted

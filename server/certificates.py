@@ -25,9 +25,12 @@ CA_DAYS, DAYS = 3650, 365
 def _write(path: Path, data: bytes, secret: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644)
+        part = path.with_name(path.name + ".part")
+        part.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
         with os.fdopen(descriptor, "wb") as out:
             out.write(data)
+        os.replace(part, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", "free some space, or name another folder") from error
 
@@ -84,6 +87,8 @@ class Authority:
         hosts: DNS names and IP addresses that it is reached at. Raises InputError if the files exist and `renew` is not set.
         """
         stem = identity.name if identity.role == "client" else identity.role
+        if identity.role == "client" and (stem in ("ca", "server", "dealer") or stem.endswith("-key")):
+            raise InputError(f"a client named {stem!r} would have the files of somebody else", "choose another name")
         certificate, key = self._folder / f"{stem}.pem", self._folder / f"{stem}-key.pem"
         if certificate.exists() and not renew:
             raise InputError(f"{certificate} exists", "pass --renew to replace it")

@@ -129,7 +129,12 @@ def run_worker(path: str) -> None:
 
     settings = ServerSettings(**json.loads(Path(path).read_text()))
     set_up(settings.log_json, settings.log_level)
-    exit_on_error("relucent-server")(run_server)(settings, load_models(settings.models), True)
+
+    @exit_on_error("relucent-server")
+    def run() -> None:
+        run_server(settings, load_models(settings.models), True)
+
+    run()
 
 
 @server_app.command("check-config")
@@ -197,6 +202,22 @@ def create_token(
 ) -> None:
     """Make a token and print it, once; the server stores a hash only."""
     print(_tokens(state, database, master_key).create_token(name, days))
+
+
+@server_app.command("deny")
+@exit_on_error("relucent-server")
+def deny(name: Annotated[str, typer.Argument(help="Name of the client, as in its certificate or token.")], state: StateFolder,
+         database: Database = None, master_key: MasterKey = None,
+         undo: Annotated[bool, typer.Option("--undo", help="Let the client in again.")] = False) -> None:
+    """Refuse a client from now on, certificates included, and destroy its prepared material."""
+    opened = _tokens(state, database, master_key)
+    if undo:
+        opened.allow(name)
+        print(f"{name} is let in again")
+        return
+    opened.deny(name)
+    destroyed = len(opened.drop_materials_of(Identity("client", name).uri))
+    print(f"{name} is denied; destroyed {destroyed} prepared material(s)")
 
 
 @token_app.command("list")

@@ -22,7 +22,8 @@ class Settings(BaseSettings):
     """What both programs have.
 
     certificate, key: this party's TLS files. ca: file of the authorities that certify its peers. insecure: plaintext links.
-    metrics: HOST:PORT of the metrics' own HTTP server. grace_s: what running calls get to finish on
+    metrics: HOST:PORT of the metrics' own HTTP server.
+    reflection: answer anybody's questions about the services' schema (gRPC reflection). grace_s: what running calls get to finish on
     SIGTERM.
     """
 
@@ -33,6 +34,7 @@ class Settings(BaseSettings):
     ca: Path | None = None
     insecure: bool = False
     metrics: str | None = None
+    reflection: bool = False
     log_json: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     grace_s: float = Field(10.0, ge=0)

@@ -38,7 +38,7 @@ from protocol.errors import (
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.transport import abort, certified, is_plaintext, next_kind, run_session, time_limit, when_over
+from protocol.transport import Session, abort, certified, is_plaintext, next_kind, run_session, time_limit, when_over
 from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
 from server.metrics import Metrics
 
@@ -49,15 +49,18 @@ DEAL_S = 600.0
 STALL_S = 30.0
 """How long a party may leave its queue full."""
 REGISTER_S = 60.0
+MAX_WAITING = 96
+"""Parties of a kind that may wait for the other."""
 
 
 @dataclass(frozen=True, repr=False)
 class _Registration:
-    """owner: name of the server that registered, by its certificate; "" in plaintext."""
+    """mask_id: names the masks. owners: names of the servers that registered, by their certificates; "" in plaintext."""
 
     model: PublicModel
     masks: dict[str, Any]
-    owner: str
+    mask_id: bytes
+    owners: frozenset[str]
 
 
 @dataclass
@@ -158,7 +161,9 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         seed = Seed(hmac.digest(self._master, b"weight-mask" + bytes.fromhex(model.model_id) + name, "sha256"))
         masks = weight_masks(model, seed)
         with self._lock:
-            self._registrations[name] = _Registration(model, masks, owner)
+            known = self._registrations.get(name)
+            owners = known.owners if known is not None and known.model.model_id == model.model_id else frozenset()
+            self._registrations[name] = _Registration(model, masks, seed.public_id(), owners | {owner})
             self._registrations.move_to_end(name)
             while len(self._registrations) > self._max_registrations:
                 self._registrations.popitem(last=False)
@@ -174,9 +179,9 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         except BaseException as error:
             abort(context, error)
 
-        def work(transmit: Callable[[Any], None], _: Iterator[Any]) -> None:
+        def work(session: Session) -> None:
             with self._metrics.phase(f"material for the {party}"):
-                hand_over(transmit)
+                hand_over(session.send)
 
         def hand_over(transmit: Callable[[Any], None]) -> None:
             try:
@@ -221,8 +226,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             raise ProtocolViolation("a request for material without a proof")
         if not hmac.compare_digest(hashlib.sha256(proof).digest(), wanted):
             raise MaterialError("the proof does not match; this part belongs to somebody else")
-        if party == "server" and self._server_name(context) != registration.owner:
-            raise AccessDenied("this model was registered by another server")
+        if party == "server" and self._server_name(context) not in registration.owners:
+            raise ModelMismatch("this server has not registered this model with the dealer")
+        if not hmac.compare_digest(request.mask_id, registration.mask_id):
+            raise ModelMismatch("the dealer holds other masks than Delta was made with")
         if party == "client" and is_plaintext(context) and not self._plaintext:
             raise AccessDenied("plaintext calls are refused", "use TLS")
         return party, registration
@@ -231,8 +238,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         with self._lock:
             meeting = self._meetings.get(request.material_id)
             if meeting is None:
-                if len(self._meetings) >= 256:
-                    raise ResourceLimit("the dealer has too many requests waiting")
+                self._make_room(party)
                 meeting = self._meetings[request.material_id] = _Meeting(
                     request.registration_id, request.batch, request.client_id)
             terms = (request.registration_id, request.batch, request.client_id)
@@ -242,6 +248,16 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             if len(meeting.claimed) == 2:
                 meeting.both.set()
         return meeting
+
+    def _make_room(self, party: str) -> None:
+        """Before a party waits for the other: clients, who need no certificate, push out the longest waiting of their kind, not servers."""
+        alone = {p: [(i, m) for i, m in self._meetings.items() if m.claimed == {p}] for p in ("client", "server")}
+        if party == "server" and len(alone["server"]) >= MAX_WAITING:
+            raise ResourceLimit("the dealer has too many requests waiting", "try again in a few seconds")
+        if party == "client" and len(alone["client"]) >= MAX_WAITING:
+            material_id, meeting = alone["client"][0]
+            meeting.left("client")
+            del self._meetings[material_id]
 
     def _deal(self, registration: _Registration, meeting: _Meeting) -> None:
         try:

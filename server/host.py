@@ -22,9 +22,10 @@ from grpc_reflection.v1alpha import reflection
 
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
-from protocol.errors import InputError, PeerError, RelucentError
+from protocol.errors import InputError, PeerError, RelucentError, StorageError
 from protocol.model import Model
 from protocol.sealed import load_key
+from protocol.tls import seconds_left
 from protocol.transport import OPTIONS, Security, connect, listen
 from server.catalogue import Catalogue, load_models
 from server.config import DealerSettings, ServerSettings, Settings
@@ -36,7 +37,13 @@ from server.state import State
 from server.stock import Stock
 
 log = logging.getLogger("relucent")
-CALL_THREADS = 256
+CALL_THREADS = 512
+"""Calls at once at one address, waiting ones included; the limits of `Sessions` are below it."""
+CONNECTION_CALLS = 64
+CONNECTION_S, CONNECTION_GRACE_S = 3600, 900
+"""A connection is renewed after the first, and with it TLS' look at certificates; its calls get the second to finish."""
+DOWNLOADS = (64, 16, 128, 64)
+"""Downloads at once, of one client, that wait, of one client."""
 REGISTER_S = 30.0
 SWEEP_S = 60.0
 RESTART_S = 1.0
@@ -47,6 +54,11 @@ def open_state(settings: ServerSettings) -> State:
     if settings.state is None and settings.database is None:
         return State("sqlite://", os.urandom(32))
     folder = settings.state
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder with --state") from error
     key_file = settings.master_key or (folder / "master.key" if folder is not None else None)
     assert key_file is not None  # the schema says so
     url = settings.database or f"sqlite:///{(folder / 'state.db').absolute()}"  # type: ignore[operator]
@@ -54,29 +66,41 @@ def open_state(settings: ServerSettings) -> State:
 
 
 class Running:
-    """A gRPC server with health, reflection, metrics and a drain on SIGTERM."""
+    """A service with health, metrics, reflection if wanted, and a drain on SIGTERM.
 
-    def __init__(self, settings: Settings, service: str, share_port: bool = False) -> None:
-        self._settings, self._service = settings, service
-        options = [(k, int(share_port) if k == "grpc.so_reuseport" else v) for k, v in OPTIONS]
-        self.server = grpc.server(ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="call"), options=options,
-                                  maximum_concurrent_rpcs=CALL_THREADS)
+    Every address has a gRPC server of its own, so that callers of one cannot take the threads of another's.
+
+    Args:
+        service: full name. add: adds it to a gRPC server.
+    """
+
+    def __init__(self, settings: Settings, service: str, add: Callable[[grpc.Server], None], share_port: bool = False) -> None:
+        self._settings, self._service, self._add = settings, service, add
+        changes = {"grpc.so_reuseport": int(share_port), "grpc.max_concurrent_streams": CONNECTION_CALLS,
+                   "grpc.max_connection_age_ms": CONNECTION_S * 1000, "grpc.max_connection_age_grace_ms": CONNECTION_GRACE_S * 1000}
+        self._options = [*(dict(OPTIONS) | changes).items()]
         self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
-        reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
-        self._addresses: list[str] = []
-        self._on_reload: Callable[[], None] | None = None
+        self._servers: list[grpc.Server] = []
         self._stop, self._reload = threading.Event(), threading.Event()
 
     def listen(self, address: str, security: Security, verify_peers: bool = False) -> str:
         """Add an address; returns it with its port."""
-        self._addresses.append(listen(self.server, address, security, verify_peers))
-        return self._addresses[-1]
+        server = grpc.server(ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="call"), options=self._options,
+                             maximum_concurrent_rpcs=CALL_THREADS)
+        self._add(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.reflection:
+            reflection.enable_server_reflection((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        self._servers.append(server)
+        return listen(server, address, security, verify_peers)
 
     def serve_metrics(self, metrics: Metrics) -> None:
         """Serve the metrics at the address of the settings, if there is one."""
         if self._settings.metrics is None:
             return
+        certificate = self._settings.certificate
+        if certificate is not None:
+            metrics.watch("relucent_certificate_seconds", "Until this party's certificate expires", lambda: seconds_left(certificate))
         host, _, port = self._settings.metrics.rpartition(":")
         if not host or not port.isdigit():
             raise InputError(f"{self._settings.metrics!r} is no address for metrics", "write HOST:PORT, such as 127.0.0.1:9464")
@@ -95,7 +119,8 @@ class Running:
             signal.signal(number, lambda *_: self._stop.set())
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, lambda *_: self._reload.set())
-        self.server.start()
+        for server in self._servers:
+            server.start()
         for name in ("", self._service):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         if self._settings.insecure:
@@ -106,14 +131,24 @@ class Running:
             if self._reload.is_set():
                 self._reload.clear()
                 if reload is not None:
-                    reload()
+                    _survive("reloading models", reload)
             if every_minute is not None and time.monotonic() - swept > SWEEP_S:
                 swept = time.monotonic()
-                with contextlib.suppress(RelucentError):
-                    every_minute()
+                _survive("tidying up", every_minute)
         print("stopping", flush=True)
         self._health.enter_graceful_shutdown()
-        self.server.stop(self._settings.grace_s).wait()
+        for stopped in [server.stop(self._settings.grace_s) for server in self._servers]:
+            stopped.wait()
+
+
+def _survive(what: str, work: Callable[[], None]) -> None:
+    """Run `work`; whatever goes wrong is logged, and the service goes on."""
+    try:
+        work()
+    except RelucentError as error:
+        log.error("%s failed: %s", what, error)
+    except Exception:
+        log.exception("%s failed", what)
 
 
 def run_server(settings: ServerSettings, models: list[Model], share_port: bool = False) -> None:
@@ -128,9 +163,10 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
     metrics.watch("relucent_server_stock_bytes", "Prepared material, and material in preparation", stock.bytes_used)
     metrics.watch("relucent_server_sessions_waiting", "Sessions that wait for their turn", lambda: sessions.counts()[1])
     limits = Limits(settings.max_batch, settings.timeout_s, settings.idle_s, settings.timelines)
-    service = InferenceService(catalogue, stock, Access(state, settings.insecure), sessions, metrics, limits)
-    running = Running(settings, pb.DESCRIPTOR.services_by_name["Inference"].full_name, share_port)
-    rpc.add_InferenceServicer_to_server(service, running.server)
+    downloads = Sessions(*DOWNLOADS, settings.wait_s)
+    service = InferenceService(catalogue, stock, Access(state, settings.insecure), sessions, metrics, limits, downloads)
+    running = Running(settings, pb.DESCRIPTOR.services_by_name["Inference"].full_name,
+                      lambda server: rpc.add_InferenceServicer_to_server(service, server), share_port)
     address = running.listen(settings.listen, settings.security)
     if settings.listen_certified is not None:
         certified = Security(settings.client_ca, settings.certificate, settings.key)
@@ -138,15 +174,12 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
     running.serve_metrics(metrics)
 
     def reload() -> None:
-        try:
-            catalogue.replace(load_models(settings.models), REGISTER_S)
-            log.info("models reloaded: %s", ", ".join(h.public.name for h in catalogue.models()))
-        except RelucentError as error:
-            log.error("models not reloaded, the old ones stay: %s", error)
+        catalogue.replace(load_models(settings.models), REGISTER_S)  # all or nothing
+        log.info("models reloaded: %s", ", ".join(h.public.name for h in catalogue.models()))
 
     names = ", ".join(f"{h.public.name} ({h.model_id[:12]})" for h in catalogue.models())
     try:
-        running.run(f"serving {names} on {address}", reload, stock.sweep)
+        running.run(f"serving {names} on {address}", reload, stock.tidy)
     finally:
         state.close()
 
@@ -156,8 +189,8 @@ def run_dealer(settings: DealerSettings) -> None:
     master = load_key(settings.master_key) if settings.master_key is not None else None
     metrics = Metrics("dealer")
     service = DealerService(settings.deals, settings.registrations, master, settings.insecure, metrics)
-    running = Running(settings, pb.DESCRIPTOR.services_by_name["Dealing"].full_name)
-    rpc.add_DealingServicer_to_server(service, running.server)
+    running = Running(settings, pb.DESCRIPTOR.services_by_name["Dealing"].full_name,
+                      lambda server: rpc.add_DealingServicer_to_server(service, server))
     address = running.listen(settings.listen, settings.security)
     if settings.listen_servers is not None and not settings.insecure:
         address += " and " + running.listen(settings.listen_servers, settings.security, verify_peers=True)

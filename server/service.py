@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +24,9 @@ from protocol.preprocessing import preprocess_server
 from protocol.timeline import Timeline
 from protocol.tls import ANYBODY, Identity
 from protocol.transport import (
+    ACCEPTED_KEY,
     TIMELINE_KEY,
+    Session,
     abort,
     bearer_token,
     certified,
@@ -36,6 +39,7 @@ from protocol.transport import (
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
+    MAX_DISCARDS,
     PROTOCOL_VERSION,
     SECRET_BYTES,
     ChunkReceiver,
@@ -52,9 +56,7 @@ from server.state import State
 from server.stock import Stock
 
 log = logging.getLogger("relucent.server")
-MAX_DISCARDS = 4096
 Reply = TypeVar("Reply")
-Work = Callable[[Identity, Callable[[Any], None], Iterator[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Access:
             return ANYBODY
         identity = certified(context)
         if identity is not None and identity.role == "client":
-            return identity
+            return self._state.check_not_denied(identity)
         token = bearer_token(context)
         if token is None:
             raise AccessDenied("neither an API token nor a client certificate", "pass one of them")
@@ -95,7 +97,8 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
     """Servicer of the Inference service."""
 
     def __init__(self, catalogue: Catalogue, stock: Stock, access: Access, sessions: Sessions, metrics: Metrics,
-                 limits: Limits = Limits()) -> None:  # frozen
+                 limits: Limits = Limits(), downloads: Sessions | None = None) -> None:  # Limits is frozen
+        self._downloads = downloads or sessions
         self._catalogue, self._stock, self._access, self._sessions = catalogue, stock, access, sessions
         self._metrics, self._limits = metrics, limits
 
@@ -132,9 +135,10 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
         def make() -> pb.Offer:
             hosted = self._catalogue.named(request.name)
-            data, delta_id = hosted.delta()
+            published = hosted.published()
             return pb.Offer(protocol_version=PROTOCOL_VERSION, model_id=hosted.model_id, registration_id=hosted.registration_id,
-                            delta_id=delta_id, delta_bytes=len(data), public_bytes=len(hosted.public_bytes),
+                            delta_id=published.delta_id, mask_id=published.mask_id, delta_bytes=len(published.delta),
+                            public_bytes=len(hosted.public_bytes),
                             max_batch=self._limits.max_batch, name=hosted.public.name)
 
         return self._answer(context, request.protocol_version, make)
@@ -144,63 +148,68 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     def FetchDelta(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         def delta(hosted: HostedModel) -> bytes:
-            data, delta_id = hosted.delta()
-            if not hmac.compare_digest(request.delta_id, delta_id):
+            published = hosted.published()
+            if not hmac.compare_digest(request.delta_id, published.delta_id):
                 raise ModelMismatch("this Delta is outdated", "ask the server for its model again")
-            return data
+            return published.delta
 
         yield from self._fetch(request, context, delta)
 
     def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[HostedModel], bytes]) -> Iterator[pb.Chunk]:
-        def make() -> memoryview:
+        def find() -> memoryview:
             data = get(self._catalogue.identified(request.model_id))
             if request.offset > len(data):
                 raise ProtocolViolation("the offset lies behind the end of the data")
             return memoryview(data)[request.offset :]
 
-        data = self._answer(context, request.protocol_version, make)
-        with time_limit(context, self._limits.timeout_s, self._limits.idle_s) as touch:
+        with ExitStack() as stack:
+            def start() -> tuple[memoryview, Callable[[], None]]:
+                stack.enter_context(self._downloads.slot(self._access.identify(context).uri))
+                return find(), stack.enter_context(time_limit(context, self._limits.timeout_s, self._limits.idle_s))
+
+            data, touch = self._answer(context, request.protocol_version, start)
             for chunk in to_chunks(0, (data,)):
                 touch()
                 yield chunk
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def _session(self, phase: str, requests: Iterator[Any], context: grpc.ServicerContext, work: Work) -> Iterator[Any]:
+    def _session(self, phase: str, requests: Iterator[Any], context: grpc.ServicerContext,
+                 work: Callable[[Identity, Session], None]) -> Iterator[Any]:
         """One streaming call: identified, queued, timed, counted; its error becomes its status."""
 
-        def run(transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
+        def run(session: Session) -> None:
             request_id.set(secrets.token_hex(6))
             with self._metrics.phase(phase):
                 identity = self._access.identify(context)
                 with self._sessions.slot(identity.uri):
-                    work(identity, transmit, incoming)
+                    work(identity, session)
             log.info("%s done", phase)
 
         yield from run_session(run, requests, context, self._limits.timeout_s, self._limits.idle_s)
 
     def Preprocess(self, request_iterator: Iterator[pb.PreprocessUp], context: grpc.ServicerContext) -> Iterator[pb.PreprocessDown]:
-        def work(identity: Identity, transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
-            opening = next_kind(incoming, "open")
+        def work(identity: Identity, session: Session) -> None:
+            opening = next_kind(session.incoming, "open")
             check_version(opening.protocol_version)
             hosted = self._catalogue.identified(opening.model_id)
             client_id = check_bytes(opening.client_id, SECRET_BYTES, "the client id")
-            plan, (_, delta_id) = self._plan(hosted, opening.batch), hosted.delta()
-            if not hmac.compare_digest(opening.delta_id, delta_id):
+            plan, published = self._plan(hosted, opening.batch), hosted.published()
+            if not hmac.compare_digest(opening.delta_id, published.delta_id):
                 raise ModelMismatch("the client's Delta is outdated", "fetch Delta again")
             material_id = self._stock.reserve(plan, client_id, identity.uri)
             try:
-                transmit(pb.PreprocessDown(material_id=material_id))
+                session.send(pb.PreprocessDown(material_id=material_id))
                 try:
-                    seed, source = hosted.fetch(plan, material_id, client_id, context)
+                    seed, source = hosted.fetch(plan, material_id, client_id, published.mask_id, context, session.touch)
                 except ModelMismatch:
-                    hosted.register_again(delta_id)
+                    hosted.register_again(published.delta_id)
                     raise
-                from_client = ChunkReceiver(lambda: next_kind(incoming, "chunk"))
+                from_client = ChunkReceiver(lambda: next_kind(session.incoming, "chunk"))
                 contents = preprocess_server(plan, DealtToServer(plan, seed, source), from_client)
                 self._stock.store(material_id, plan, contents)
                 self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
-                transmit(pb.PreprocessDown(ready=pb.Ready(
+                session.send(pb.PreprocessDown(ready=pb.Ready(
                     dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES, lifetime_s=self._stock.lifetime_s)))
             except BaseException:
                 self._stock.release(material_id)
@@ -219,15 +228,16 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         return self._answer(context, PROTOCOL_VERSION, make)
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
-        def work(identity: Identity, transmit: Callable[[Any], None], incoming: Iterator[Any]) -> None:
+        def work(identity: Identity, session: Session) -> None:
             started = time.perf_counter()
-            opening = next_kind(incoming, "open")
+            opening = next_kind(session.incoming, "open")
             check_version(opening.protocol_version)
             check_bytes(opening.material_id, ID_BYTES, "the material id")
             hosted = self._catalogue.identified(opening.model_id)
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
-            channel = Duplex(ChunkSender(transmit), ChunkReceiver(lambda: next_kind(incoming, "chunk")))
+            context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
+            channel = Duplex(ChunkSender(session.send), ChunkReceiver(lambda: next_kind(session.incoming, "chunk")))
             timed = self._limits.timelines and opening.timeline
             timeline = Timeline(time.perf_counter if timed else None, started)
             timeline.lap("setup")

@@ -29,7 +29,6 @@ from sqlalchemy import (
     event,
     func,
     insert,
-    or_,
     select,
     update,
 )
@@ -42,6 +41,8 @@ from protocol.tls import Identity, check_name
 
 TOKEN_PREFIX = "rlt_"  # noqa: S105  # what every token begins with, so that scanners recognise a leaked one
 DAY_S = 86_400.0
+POSTGRESQL_WAITS = {"connect_timeout": 10, "tcp_user_timeout": 15_000, "options": "-c statement_timeout=15000"}
+"""A database that does not answer is an error, not a hang."""
 
 _tables = MetaData()
 tokens = Table(
@@ -54,6 +55,7 @@ materials = Table(
     Column("client_id", LargeBinary(32), nullable=False), Column("model_id", String(64), nullable=False),
     Column("batch", Integer, nullable=False), Column("size", BigInteger, nullable=False),
     Column("expires", Float, nullable=False, index=True), Column("state", String(8), nullable=False), Column("sealed_key", LargeBinary))
+denials = Table("denials", _tables, Column("name", String(64), primary_key=True), Column("since", Float, nullable=False))
 registrations = Table(
     "registrations", _tables, Column("model_id", String(64), primary_key=True), Column("sealed_secret", LargeBinary, nullable=False))
 
@@ -88,7 +90,8 @@ class State:
                 self._one_at_a_time = threading.Lock()
                 self.engine = create_engine(url, poolclass=StaticPool, connect_args={"check_same_thread": False})
             else:
-                self.engine = create_engine(url, pool_pre_ping=True)
+                waits = POSTGRESQL_WAITS if url.startswith("postgresql+psycopg:") else {}
+                self.engine = create_engine(url, pool_pre_ping=True, connect_args=waits)
         except (ArgumentError, ImportError) as error:
             raise InputError(f"the database address cannot be used: {type(error).__name__}",
                              "write sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME, and install its driver") from error
@@ -145,7 +148,24 @@ class State:
         found = Token(*row)
         if not found.valid(self.clock()):
             raise AccessDenied("the API token has expired or was revoked", "ask the operator for a new one")
-        return Identity("client", found.name)
+        return self.check_not_denied(Identity("client", found.name))
+
+    def deny(self, name: str) -> None:
+        """Refuse a client from now on, whatever certificate or token it shows."""
+        check_name(name)
+        with contextlib.suppress(IntegrityError):  # denied already
+            self.run(lambda connection: connection.execute(insert(denials).values(name=name, since=self.clock())))
+
+    def allow(self, name: str) -> None:
+        """Take `deny` back. Raises InputError if the client is not denied."""
+        if not self.run(lambda connection: connection.execute(delete(denials).where(denials.c.name == name))).rowcount:
+            raise InputError(f"{name!r} is not denied", "see `relucent-server token list`")
+
+    def check_not_denied(self, identity: Identity) -> Identity:
+        """Raise AccessDenied if the operator has denied this client."""
+        if self.run(lambda connection: connection.execute(select(denials.c.name).where(denials.c.name == identity.name)).first()):
+            raise AccessDenied("this client is denied here", "ask the operator")
+        return identity
 
     # --- registrations ------------------------------------------------------------------------------------------------
 
@@ -210,22 +230,28 @@ class State:
         """Give up all materials of an identity; their ids."""
         return self._drop(materials.c.identity == identity)
 
+    def materials_to_keep(self) -> set[bytes]:
+        """Ids of all materials that are neither used, given up nor expired."""
+        query = select(materials.c.id).where(materials.c.state != "spent", materials.c.expires >= self.clock())
+        return {bytes(row.id) for row in self.run(lambda connection: connection.execute(query).all())}
+
     def expire_materials(self) -> list[bytes]:
         """Give up what has expired, and forget spent ids whose time is over; ids of the former."""
         now = self.clock()
         gone = self._drop(materials.c.expires < now)
         self.run(lambda connection: connection.execute(
-            delete(materials).where(materials.c.state == "spent", or_(materials.c.expires < now - DAY_S))))
+            delete(materials).where(materials.c.state == "spent", materials.c.expires < now - DAY_S)))
         return gone
 
     def _drop(self, condition: Any) -> list[bytes]:
-        def work(connection: Any) -> list[bytes]:
-            ids = [bytes(row.id) for row in connection.execute(select(materials.c.id).where(condition, materials.c.state != "spent"))]
-            if ids:
-                connection.execute(update(materials).where(materials.c.id.in_(ids)).values(state="spent", sealed_key=None))
-            return ids
+        change = update(materials).where(condition, materials.c.state != "spent").values(state="spent", sealed_key=None)
+        return [bytes(row.id) for row in self.run(lambda connection: connection.execute(change.returning(materials.c.id)).all())]
 
-        return self.run(work)  # type: ignore[no-any-return]
+    def empty_log(self) -> None:
+        """Make SQLite overwrite its write-ahead log, which still holds the sealed keys of material that is used by now."""
+        if self.engine.dialect.name == "sqlite":
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

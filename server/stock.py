@@ -26,6 +26,8 @@ from server.state import State
 
 PREPARING_S = 900.0
 """How long a reservation waits for its material."""
+YOUNG_S = 600.0
+"""Age from which a file without material is a stray in a running service."""
 
 
 class Stock:
@@ -44,13 +46,13 @@ class Stock:
         self._keys: dict[bytes, bytes] = {}
         self._memory: OrderedDict[bytes, Material[ServerContents]] = OrderedDict()
         self._memory_bytes = 0
-        self._lock = threading.Lock()
+        self._lock, self._tidied = threading.Lock(), False
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder") from error
-            self._remove_strays()
+            self.tidy()
 
     def reserve(self, plan: Plan, client_id: bytes, identity: str) -> bytes:
         """A fresh id with room set aside. Raises ResourceLimit."""
@@ -98,8 +100,8 @@ class Stock:
         if row.expires < self._state.clock():
             self.release(material_id)
             raise MaterialError("this preprocessing material has expired", hint)
-        key = self._state.spend(material_id)  # from here on it is spent, whatever happens
         material = self._remembered(material_id)
+        key = self._state.spend(material_id)  # from here on it is spent, whatever happens
         if key is None:
             raise MaterialError("this preprocessing material has been used or discarded", hint)
         try:
@@ -152,18 +154,31 @@ class Stock:
 
     def _forget(self, material_id: bytes) -> None:
         """Remove what this process and the disk still hold; the key is destroyed already."""
-        self._keys.pop(material_id, None)
-        material = self._remembered(material_id)
-        if material is not None:
-            material.destroy()
+        self._forget_in_memory(material_id)
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 self._path(material_id).unlink(missing_ok=True)
 
-    def _remove_strays(self) -> None:
-        """Files that no material of the database belongs to: of a process that died between two steps."""
-        assert self._folder is not None
-        for path in self._folder.glob("*.material"):
-            row = self._state.find_material(bytes.fromhex(path.stem))
-            if row is None or row.state == "spent":
-                path.unlink(missing_ok=True)
+    def _forget_in_memory(self, material_id: bytes) -> None:
+        self._keys.pop(material_id, None)
+        material = self._remembered(material_id)
+        if material is not None:
+            material.destroy()
+
+    def tidy(self) -> None:
+        """Destroy what this process and its folder hold of material that others have given up, or a dead process has left."""
+        self.sweep()
+        with self._lock:
+            held = {*self._keys, *self._memory}
+        files = {p.stem: p for p in self._folder.glob("*.material")} if self._folder is not None else {}
+        young = self._state.clock() - YOUNG_S
+        kept = self._state.materials_to_keep()  # after the lists: what is in them and not here is over
+        for material_id in held - kept:
+            self._forget_in_memory(material_id)
+        keep = {material_id.hex() for material_id in kept}
+        for stem, path in files.items():
+            with contextlib.suppress(OSError):
+                if stem not in keep and not (self._tidied and path.stat().st_mtime > young):  # it may be read just now
+                    path.unlink()
+        self._tidied = True
+        self._state.empty_log()

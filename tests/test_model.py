@@ -139,3 +139,20 @@ def test_damaged_public_bytes_are_refused(mixed_model: Model) -> None:
     for bad in (b"", data[:50], b"\xff" * 100, data[:-3]):
         with pytest.raises(ModelFileError):
             PublicModel.from_bytes(bad)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "type", "more"])
+def test_private_part_that_does_not_fit_the_layers(change: str, tmp_path: Path, mixed_model: Model) -> None:
+    """A file with a good checksum whose tensors are not those of its layers."""
+    from protocol.model import tensors_digest
+
+    private = dict(mixed_model.private)
+    name = next(n for n in private if n.endswith(".weight"))
+    if change == "missing":
+        del private[name]
+    else:
+        one = private[name]
+        private |= {"shape": {name: one[:-1]}, "type": {name: one.float()}, "more": {"x": one.clone()}}[change]
+    save(Model(replace(mixed_model.public, private_digest=tensors_digest(private).hex()), private), tmp_path / "m.safetensors")
+    with pytest.raises(ModelFileError, match="tensor"):
+        load(tmp_path / "m.safetensors")

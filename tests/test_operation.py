@@ -203,6 +203,64 @@ def test_killed_server_never_takes_material_again(messages: int, site: Site, mix
     client.close()
 
 
+def test_certificates_are_renewed_without_a_restart(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    site.server()
+    token = site.token()
+    def serial() -> int:
+        host, port = site.addresses["server"].split(":")
+        return x509.load_pem_x509_certificate(ssl.get_server_certificate((host, int(port))).encode()).serial_number
+
+    before = serial()
+    (site.folder / "server.pem").write_bytes(b"half written")  # a broken file changes nothing
+    assert serial() == before
+    Authority(site.folder).issue(Identity("server", "server"), ["localhost", "127.0.0.1"], renew=True)
+    assert serial() != before
+    with site.client(token=token) as client:
+        agrees(client, mixed_model)
+
+
+def test_certificate_that_expires_while_connected(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    site.server()
+    authority = Authority(site.folder)
+    certificate, key = authority.issue(Identity("client", "dora"), [], days=10 / 86400)
+    site.addresses["server"] = site.addresses["certified"]
+    with site.client(certificate=certificate, key=key) as client:
+        agrees(client, mixed_model)
+        time.sleep(11)
+        with pytest.raises((AccessDenied, PeerError), match=r"expired|secure"):
+            client.predict(PIXELS[:1])
+
+
+def test_denied_clients(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    site.server()
+    certificate, key = Authority(site.folder).issue(Identity("client", "eve"), [])
+    tokens = site.token("eve")
+    with site.client(token=tokens) as by_token:
+        site.addresses["server"] = site.addresses["certified"]
+        with site.client(certificate=certificate, key=key) as client:
+            client.preprocess(1)
+            done = program("server", "deny", "eve", "--state", site.folder / "state")
+            assert done.stdout == "eve is denied; destroyed 1 prepared material(s)\n"
+            for one in (client, by_token):
+                with pytest.raises(AccessDenied, match="denied"):
+                    one.predict(PIXELS[:1])
+            assert program("server", "deny", "eve", "--undo", "--state", site.folder / "state").returncode == 0
+            agrees(client, mixed_model)
+    mistake(program("server", "deny", "eve", "--undo", "--state", site.folder / "state"), 2, "not denied")
+
+
+@pytest.mark.parametrize("name", ["ca", "server", "dealer", "alice-key"])
+def test_clients_do_not_get_the_files_of_others(name: str, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    before = (tmp_path / "ca-key.pem").read_bytes()
+    with pytest.raises(InputError, match="somebody else"):
+        authority.issue(Identity("client", name), [], renew=True)
+    assert (tmp_path / "ca-key.pem").read_bytes() == before
+
+
 # --- stock and state --------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +419,46 @@ def test_expiry_and_a_jumping_clock(tmp_path: Path, mixed_model: Model, halves: 
         stock.take(first, bytes(32), mixed_model.public.model_id, lambda _: plan)
     stock.sweep()
     assert stock.bytes_used() == 0
+
+
+def test_many_materials_expire_at_once(tmp_path: Path, mixed_model: Model) -> None:
+    """More than a statement has room for variables."""
+    from sqlalchemy import insert
+
+    from server.state import materials
+
+    now = [1000.0]
+    state = State(f"sqlite:///{tmp_path / 's.db'}", bytes(32), clock=lambda: now[0])
+    row = {"identity": "c", "client_id": bytes(32), "model_id": "m", "batch": 1, "size": 1, "expires": 1500.0, "state": "ready"}
+    state.run(lambda c: c.execute(insert(materials), [{**row, "id": i.to_bytes(16)} for i in range(40_000)]))
+    now[0] = 2000.0
+    assert len(state.expire_materials()) == 40_000
+    assert state.material_bytes() == 0
+
+
+def test_what_others_give_up_is_forgotten_here(tmp_path: Path, mixed_model: Model, halves: tuple[object, object]) -> None:
+    """A second process revokes or expires; the first one's memory and files follow."""
+    import hashlib
+
+    now = [1000.0]
+    url, plan, client_id = f"sqlite:///{tmp_path / 's.db'}", make_plan(mixed_model.public, 2), hashlib.sha256(bytes(32)).digest()
+    state = State(url, bytes(32), clock=lambda: now[0])
+    stock = Stock(state, folder=tmp_path / "stock", lifetime_s=60)
+    (tmp_path / "stock" / "notes.material").write_text("not ours to read")
+    revoked, good = (stock.reserve(plan, client_id, c) for c in "ab")
+    stock.store(revoked, plan, halves[1])  # type: ignore[arg-type]
+    stock.store(good, plan, preprocess(mixed_model, 2)[1].take())
+    State(url, bytes(32)).drop_materials_of("a")
+    stock.tidy()
+    assert list(stock._memory) == [good]
+    assert stock._path(good).exists()
+    now[0] += 3600
+    for path in (tmp_path / "stock").iterdir():
+        os.utime(path, (0, 0))
+    State(url, bytes(32), clock=lambda: now[0]).expire_materials()
+    stock.tidy()
+    assert not stock._memory
+    assert not list((tmp_path / "stock").iterdir())
 
 
 def test_master_key(tmp_path: Path) -> None:
@@ -590,7 +688,7 @@ def test_metrics_health_and_drain(site: Site, mixed_model: Model) -> None:
         channel.close()
     entries = [json.loads(line) for line in (site.folder / "server1.log").read_text().splitlines() if line.startswith("{")]
     assert any(e["message"] == "online done" and len(e["request"]) == 12 for e in entries)
-    assert any("models not reloaded" in e["message"] for e in entries)
+    assert any("reloading models failed" in e["message"] for e in entries)
 
 
 def test_worker_processes_share_a_port(site: Site, mixed_model: Model) -> None:

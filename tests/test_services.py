@@ -188,6 +188,45 @@ def test_stock_limit(serve: Serve, relu_model: Model) -> None:
         client.preprocess(1)
 
 
+def test_refused_material_is_destroyed_on_both_sides(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model, wait_s=0.3)
+    with services.client() as client:
+        client.preprocess(1)
+        services.sessions._slots = 0
+        with pytest.raises(ResourceLimit):
+            client.predict(PIXELS[:1])
+        wait_for(lambda: not services.materials())
+        assert client.prepared() == 0
+
+
+def test_failed_sessions_leave_nothing_in_memory(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spent half of a client that breaks off is freed at once, not when the collector of cycles comes round."""
+    import gc
+    import weakref
+
+    import server.service as module
+
+    held: list[weakref.ref[Any]] = []
+    original = module.online_server
+
+    def watched(material: Any, *rest: Any) -> None:
+        held.append(weakref.ref(material._contents))
+        original(material, *rest)
+
+    monkeypatch.setattr(module, "online_server", watched)
+    services = serve(relu_model)
+    with services.client() as client:
+        client.preprocess(1)
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(PeerError):
+                infer_messages(client, *steal(client), *to_chunks(0, (bytes(8 * 192),)))
+            wait_for(lambda: held[0]() is None)
+        finally:
+            gc.enable()
+
+
 # --- hostile or broken messages ---------------------------------------------------------------------------------------
 
 INPUT = 8 * 192
@@ -288,11 +327,11 @@ def test_material_is_bound_to_one_registration(serve: Serve, relu_model: Model) 
     base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1, "material_id": bytes(16),
                             "client_id": hashlib.sha256(secret).digest()}
     first = dealer.FetchMaterial(pb.MaterialRequest(
-        **base, registration_id=honest.registration_id, registration_secret=honest._secret), timeout=10)
+        **base, registration_id=honest.registration_id, registration_secret=honest._secret, mask_id=honest.published().mask_id), timeout=10)
     time.sleep(0.3)
     with pytest.raises(grpc.RpcError) as caught:
         list(dealer.FetchMaterial(pb.MaterialRequest(
-            **base, registration_id=other.registration_id, client_secret=secret), timeout=10))
+            **base, registration_id=other.registration_id, client_secret=secret, mask_id=other.published().mask_id), timeout=10))
     assert isinstance(translate(caught.value, "the dealer"), MaterialError)
     first.cancel()
 
@@ -314,15 +353,56 @@ def test_parties_that_leave_do_not_fill_the_dealer(serve: Serve, relu_model: Mod
     assert not services.dealer._meetings
 
 
+def test_masks_and_delta_always_belong_together(serve: Serve, mixed_model: Model, tmp_path: Path) -> None:
+    """Two servers share a registration; the dealer comes back with other masks and one server registers again. The other's
+    clients must not be dealt material that does not fit its Delta: they get the right answer."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    first, second = serve(mixed_model, url=url), serve(mixed_model, url=url)
+    second.catalogue._dealer = first.catalogue._dealer
+    for hosted in second.catalogue.models():
+        hosted._stub = first.catalogue.models()[0]._stub
+        hosted.register(10)
+    second.dealer_address = first.dealer_address
+    with first.client() as one, second.client() as two:
+        agrees(one, mixed_model)
+        agrees(two, mixed_model)
+        first.dealer_server.stop(0).wait()
+        fresh = DealerService(plaintext=True)
+        first.dealer_server, _ = start(lambda s: rpc.add_DealingServicer_to_server(fresh, s), first.dealer_address)
+        agrees(one, mixed_model)  # the first server registers again
+        agrees(two, mixed_model)
+        with first.client() as late:
+            agrees(late, mixed_model)
+
+
+def test_clients_that_wait_alone_make_room(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks the dealer for material that no server asks for keeps nobody else out."""
+    import server.dealer as module
+
+    monkeypatch.setattr(module, "MAX_WAITING", 4)
+    services = serve(relu_model)
+    with services.client() as client:
+        calls = []
+        for i in range(10):
+            secret = i.to_bytes(32)
+            calls.append(client._dealer.FetchMaterial(pb.MaterialRequest(
+                protocol_version=1, model_id=client.model.model_id, registration_id=client._registration_id, material_id=i.to_bytes(16),
+                client_id=hashlib.sha256(secret).digest(), client_secret=secret, batch=1, mask_id=client._mask_id), timeout=20))
+        wait_for(lambda: sum(c.done() for c in calls) >= 6)
+        agrees(client, relu_model)
+        for call in calls:
+            call.cancel()
+
+
 def test_registering_a_model_again_reveals_nothing_of_its_masks(serve: Serve, relu_model: Model) -> None:
     """Whoever registers the same public model under another secret gets other masks B, useless against Delta."""
     services = serve(relu_model)
     first, second = services.catalogue.models()[0], another_registration(services, relu_model)
     assert first.registration_id != second.registration_id
-    assert first.delta() != second.delta()
+    assert first.published().delta_id != second.published().delta_id
     again = HostedModel(relu_model, connect(services.dealer_address, PLAINTEXT), services.state, 10)
     again.register(10)
-    assert again.delta() == first.delta()  # the same server after a restart
+    assert again.published() == first.published()  # the same server after a restart
 
 
 @pytest.mark.parametrize("data", [b"", b"junk" * 10])

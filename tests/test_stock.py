@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,6 +202,37 @@ def test_what_the_server_lost_is_replaced(serve: Serve, mixed_model: Model, tmp_
         agrees(client, mixed_model)
         assert client.prepared() == 0
         agrees(client, mixed_model)
+
+
+def test_a_copied_stock_is_refused_before_anything_of_the_image_is_sent(serve: Serve, mixed_model: Model, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder restored from a backup holds masks that were used: the server must refuse them first."""
+    import client.api as module
+
+    services = serve(mixed_model)
+    with open_client(services, tmp_path) as client:
+        client.preprocess(1)
+        shutil.copytree(tmp_path / "stock", tmp_path / "copy")
+        agrees(client, mixed_model)
+    shutil.rmtree(tmp_path / "stock")
+    (tmp_path / "copy").rename(tmp_path / "stock")
+    sent: list[list[str]] = []
+
+    class Recording(module.RequestQueue):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            super().__init__()
+            sent.append([])
+
+        def put(self, message: Any) -> None:
+            sent[-1].append(message.WhichOneof("kind"))
+            super().put(message)
+
+    monkeypatch.setattr(module, "RequestQueue", Recording)
+    with open_client(services, tmp_path) as client:
+        assert client.prepared() == 1
+        agrees(client, mixed_model)
+    assert sent[0] == ["open"]  # refused; then preprocessing and the online phase proper
+    assert len(sent) == 3
 
 
 def test_refilling_in_the_background(serve: Serve, mixed_model: Model, tmp_path: Path) -> None:
