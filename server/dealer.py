@@ -112,11 +112,13 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
     Args:
         max_deals: dealings at once. max_registrations: models held. master: 32 bytes from which masks of weights are derived;
-            None for fresh ones. plaintext: let calls without TLS in, whoever they come from.
+            None for fresh ones. plaintext: let calls without TLS in, whoever they come from. meeting_s: how long a party waits
+            for the other.
     """
 
     def __init__(self, max_deals: int = 4, max_registrations: int = 16, master: bytes | None = None, plaintext: bool = False,
-                 metrics: Metrics | None = None) -> None:
+                 metrics: Metrics | None = None, meeting_s: float = MEETING_S) -> None:
+        self._meeting_s = meeting_s
         self._master = master or secrets.token_bytes(32)
         self._plaintext, self._metrics = plaintext, metrics or Metrics("dealer")
         self._registrations: OrderedDict[bytes, _Registration] = OrderedDict()
@@ -185,7 +187,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
         def hand_over(transmit: Callable[[Any], None]) -> None:
             try:
-                if not meeting.both.wait(MEETING_S):
+                if not meeting.both.wait(self._meeting_s):
                     raise PeerTimeout("the other party did not ask for its part in time")
                 if party == "client":  # one of the two handlers does the work
                     threading.Thread(target=self._deal, args=(registration, meeting), daemon=True, name="deal").start()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from server.service import Access, InferenceService, Limits
 from server.sessions import Sessions
 from server.state import State
 from server.stock import Stock
-from tests.services import PLAINTEXT, SHAPE, Services, start
+from tests.services import PLAINTEXT, SHAPE, Serve, Services, start
 from tests.site import Site
 
 CLASSES = tuple("abcdefghij")
@@ -98,9 +99,9 @@ def mixed_model(images: Tensor) -> Model:
     return build_compiled(make_network(True), images.float())
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
-    """serve(model, **options of Stock, Limits and Sessions) -> Services, stopped after the test."""
+@contextmanager
+def serving(root: Path) -> Iterator[Serve]:
+    """serve(model, **options of Stock, Limits and Sessions) -> Services, stopped in the end."""
     started: list[Services] = []
 
     def run(*models: Model, stock_bytes: int = 4 << 30, client_bytes: int = 4 << 30, lifetime_s: float = 3600.0, slots: int = 4,
@@ -116,7 +117,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
         service = InferenceService(catalogue, stock, Access(state, True), sessions, Metrics("server"), Limits(**limits))  # type: ignore[arg-type]
         server, address = start(lambda s: rpc.add_InferenceServicer_to_server(service, s))
         started.append(Services(address, dealer_address, service, catalogue, stock, state, sessions, dealer, dealer_server, server,
-                                tmp_path / "cache"))
+                                root / "cache"))
         return started[-1]
 
     yield run
@@ -124,6 +125,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Services]]:
         services.inference_server.stop(0)
         services.dealer_server.stop(0)
         services.state.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """See `serving`."""
+    with serving(tmp_path) as run:
+        yield run
 
 
 @pytest.fixture

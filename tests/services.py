@@ -56,8 +56,8 @@ class Services:
         return self.stock.bytes_used() // make_plan(self.catalogue.models()[0].public, 1).server_material_bytes
 
 
-def start(add: Callable[[grpc.Server], None], address: str = "127.0.0.1:0") -> tuple[grpc.Server, str]:
-    server = grpc.server(ThreadPoolExecutor(32), options=OPTIONS)
+def start(add: Callable[[grpc.Server], None], address: str = "127.0.0.1:0", interceptors: tuple[Any, ...] = ()) -> tuple[grpc.Server, str]:
+    server = grpc.server(ThreadPoolExecutor(32), options=OPTIONS, interceptors=interceptors)
     add(server)
     address = listen(server, address, PLAINTEXT)
     server.start()
