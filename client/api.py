@@ -59,11 +59,16 @@ log = logging.getLogger("relucent.client")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's result: class index and name, and the real logits, which only the client learns."""
+    """One image's result: class index and name, and the real logits, which only the client learns.
+
+    plausible: False if a logit is far beyond all that the model's calibration saw: the image is unlike what the model was
+    trained on, or a truncation failed; the label then means nothing.
+    """
 
     index: int
     label: str
     logits: tuple[float, ...]
+    plausible: bool = True
 
 
 @dataclass(frozen=True)
@@ -393,7 +398,9 @@ class Client:
 
     def _prediction(self, row: Tensor) -> Prediction:
         index = int(row.argmax())
-        return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()))
+        largest = self.model.largest_logit
+        plausible = largest is None or float(row.abs().max()) <= largest
+        return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()), plausible)
 
     def _infer(self, images: Tensor, progress: Callable[[str], None]) -> Tensor:
         plan = self._plan(len(images))

@@ -127,16 +127,19 @@ def classify(
                 preprocessing_s += client.last_preprocessing.seconds if client.last_preprocessing is not None else 0.0
                 up, down = up + client.last_online.bytes_up, down + client.last_online.bytes_down
             name, model_id = client.model.name, client.model.model_id
+    for path, result in zip(images, results):
+        if not result.plausible:
+            print(f"relucent-client: note: {path}: the result is implausible; does the model know this kind of image?", file=sys.stderr)
     if as_json:
         print(json.dumps({
             "model": name, "model_id": model_id, "online_ms": round(online_s * 1e3, 3),
             "preprocessing_ms": round(preprocessing_s * 1e3, 3), "online_bytes_up": up, "online_bytes_down": down,
-            "results": [{"image": str(p), "label": r.label, "index": r.index, "logits": list(r.logits)}
+            "results": [{"image": str(p), "label": r.label, "index": r.index, "logits": list(r.logits), "plausible": r.plausible}
                         for p, r in zip(images, results)]}))
         return
     table = Table("image", "label")
     for path, result in zip(images, results):
-        table.add_row(escape(str(path)), escape(result.label))
+        table.add_row(escape(str(path)), escape(result.label) + ("" if result.plausible else " [dim](implausible)[/dim]"))
     Console().print(table)
     print(f"online {online_s * 1e3:.0f} ms, preprocessing {preprocessing_s * 1e3:.0f} ms, "
           f"{up / 1e6:.2f} MB sent and {down / 1e6:.2f} MB received online", file=sys.stderr)

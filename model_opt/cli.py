@@ -158,16 +158,18 @@ def train(
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
     seed: Seed = 0,
-    start: Annotated[Path | None, typer.Option("--from", help="Network to go on from, in place of --network and --width.")] = None,
+    start: Annotated[Path | None, typer.Option(
+        "--from", help="Network to go on from, in place of --network and --width; a reduced one keeps its choice of ReLUs.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="All-ReLU network to distil from.")] = None,
     run: Run = None,
     download: Download = False,
 ) -> None:
-    """Train an all-ReLU network; it becomes the teacher of ReLU reduction."""
+    """Train an all-ReLU network, which becomes the teacher of ReLU reduction, or go on with a network of any kind."""
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     torch.manual_seed(seed)
     if start is not None:
-        model, before = _teacher(start)
+        model, before = files.load_network(start)
         network, width = before.network, before.width
         training, validation = _fitting(source, before, start)
     else:
@@ -178,16 +180,27 @@ def train(
             raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
                      start_size=start_size, shift=shift, cutout=cutout, seed=seed)
+    mentor = None
+    if teacher is not None:
+        mentor, info = _teacher(teacher)
+        _fitting(source, info, teacher)
+        if start is not None and (info.mean, info.std) != (before.mean, before.std):
+            raise InputError(f"{teacher} and {start} normalise images differently", "distil from the network's own teacher")
+        training, validation = (replace(split, mean=info.mean, std=info.std) for split in (training, validation))
     where = run or Path("runs") / out.stem
-    score = fit(model, training, validation, recipe, where, label="train",
+    score = fit(model, training, validation, recipe, where, teacher=mentor, label="train",
                 settings={"network": network, "width": width, "data": source.name, "from": str(start or "")})
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
                "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "shift": shift, "cutout": cutout,
-               "seed": seed, "validation_accuracy": score, "from": before.made_by if start is not None else None,
+               "seed": seed, "distil": teacher is not None, "validation_accuracy": score,
                "minutes": minutes_spent(where), "hardware": describe_hardware()}
-    info = files.NetworkInfo(network, width, source.classes, training.shape, source.mean, source.std, False, made_by)
+    if start is not None:
+        made_by |= {"from": before.made_by, "relus": count_relus(model) if before.partial else "all"}
+        info = replace(before, made_by=made_by)
+    else:
+        info = files.NetworkInfo(network, width, source.classes, training.shape, training.mean, training.std, False, made_by)
     _write(out, files.serialise_network(model, info))
     print(f"wrote {out}: validation accuracy {score:.2%}")
 

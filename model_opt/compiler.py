@@ -25,6 +25,8 @@ from protocol.simulation import Simulation, simulate
 
 SUPPORTED = ("Conv2d", "Linear", "BatchNorm2d", "BatchNorm1d", "ReLU", "PartialActivation", "addition", "AvgPool2d",
              "AdaptiveAvgPool2d", "MaxPool2d", "Flatten", "Dropout", "Identity")
+LOGIT_MARGIN = 4.0
+"""Times the largest logit of calibration: what is beyond comes from an image unlike all of these, or from a truncation that failed."""
 FAILURE_TARGET = 2.0**-14
 RANGE_MARGIN = 4.0
 """A ReLU's input may be this many times larger than any seen in calibration before its comparison fails."""
@@ -345,17 +347,18 @@ def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, ei
     for activation_bits in range(14, 5, -1):
         point = FixedPoint(activation_bits, activation_bits + 1, 62, 1.0)
         model = quantise(replace(public, fixed_point=point), reals, salt, eight_bits)
-        seen = Simulation(point)
+        seen, logits = Simulation(point), torch.zeros(1, dtype=torch.float64)
         progress(f"calibrating f_a = {activation_bits}")
         for start in range(0, len(images), 50):
             part = Simulation(point)
-            simulate(model, images[start : start + 50], part)
+            logits = torch.maximum(logits, simulate(model, images[start : start + 50], part).abs().max())
             seen.truncated_magnitude = max(seen.truncated_magnitude, part.truncated_magnitude)
             seen.largest_compared = max(seen.largest_compared, part.largest_compared)
         bound = MAGNITUDE_MARGIN * seen.truncated_magnitude * 2.0 ** (1 - RING_BITS)
         if bound <= FAILURE_TARGET:
             n = max(int(RANGE_MARGIN * seen.largest_compared).bit_length() + 1, 4)
             point = FixedPoint(activation_bits, activation_bits + 1, n, bound)
-            return quantise(replace(public, fixed_point=point), reals, salt, eight_bits)
+            largest = LOGIT_MARGIN * max(float(logits), 1.0)
+            return quantise(replace(public, fixed_point=point, largest_logit=largest), reals, salt, eight_bits)
     raise CompileError("the activations are too large for the ring at any supported precision; is the network trained and "
                        "are the calibration images normalised?")

@@ -137,6 +137,8 @@ class PublicModel:
     std: tuple[float, ...]
     masks: dict[str, Tensor] = field(repr=False)
     private_digest: str
+    largest_logit: float | None = None
+    """A multiple of the largest absolute logit that calibration saw: beyond it a result is implausible. None if unknown."""
 
     @property
     def output(self) -> str:
@@ -175,7 +177,7 @@ class PublicModel:
                             "comparison_bits": point.comparison_bits, "failure_bound": point.failure_bound},
             "classes": list(self.classes), "mean": list(self.mean), "std": list(self.std),
             "private_digest": self.private_digest,
-        }
+        } | ({} if self.largest_logit is None else {"largest_logit": self.largest_logit})
 
     @cached_property
     def model_id(self) -> str:
@@ -383,6 +385,8 @@ def parse_public(description: Any, masks: dict[str, Tensor]) -> PublicModel:
     _require(isinstance(description.get("name"), str) and len(description["name"]) <= 128, "no name")
     digest = description.get("private_digest")
     _require(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None, "no digest")
+    largest = description.get("largest_logit")
+    _require(largest is None or (isinstance(largest, float) and 0 < largest < math.inf), "the largest logit is no number")
     return PublicModel(
         description["name"], tuple(description["input_shape"]), tuple(nodes), FixedPoint(**point),
-        tuple(description["classes"]), tuple(description["mean"]), tuple(description["std"]), masks, digest)
+        tuple(description["classes"]), tuple(description["mean"]), tuple(description["std"]), masks, digest, largest)

@@ -23,8 +23,8 @@ def learnable(count: int) -> Split:
 
 def network_info(network: str = "resnet18", width: int = 4, **changes: object) -> NetworkInfo:
     """Of a CIFAR-10 network."""
-    facts = {"partial": False, "made_by": {}, **changes}
-    return NetworkInfo(network, width, CIFAR10_CLASSES, (3, 32, 32), MEAN, STD, **facts)  # type: ignore[arg-type]
+    facts = {"classes": CIFAR10_CLASSES, "input_shape": (3, 32, 32), "mean": MEAN, "std": STD, "partial": False, "made_by": {}}
+    return NetworkInfo(network, width, **(facts | changes))  # type: ignore[arg-type]
 
 
 def write_cifar(root: Path, records: int = 10_000) -> Path:

@@ -323,3 +323,33 @@ def test_cost_aware_reduction(teacher: nn.Module, tmp_path: Path) -> None:
     assert len(model.public.masks) == 17 - len(result.details["dropped"])
     with pytest.raises(BudgetError, match="needs target_ms"):
         run(teacher, "cost", tmp_path)
+
+
+def test_going_on_with_a_reduced_network_keeps_its_masks(tmp_path: Path) -> None:
+    """`train --from` a reduced network, distilling from its teacher: other weights, the same ReLUs, ready to compile."""
+    from tests.test_data import folders
+    from tests.test_programs import mistake, program
+
+    torch.manual_seed(0)
+    facts = {"classes": ("cat", "dog"), "input_shape": (3, 16, 16)}
+    teacher, student, out = (tmp_path / name for name in ("teacher", "student", "out"))
+    model = build("resnet18", 4, 2)
+    teacher.write_bytes(serialise_network(model, network_info(**facts)))
+    replace_relus(model, (3, 16, 16))
+    for layer in partial_activations(model).values():
+        layer.mask.copy_(torch.randint(0, 3, layer.mask.shape))
+    student.write_bytes(serialise_network(model, network_info(partial=True, made_by={"relus": 7}, **facts)))
+    folders(tmp_path / "data")
+    command = ["opt", "train", "--from", student, "--data", tmp_path / "data", "--epochs", 1, "--batch", 6, "--out", out,
+               "--run", tmp_path / "run"]
+    done = program(*command, "--teacher", teacher)
+    assert done.returncode == 0, done.stderr
+    (before, _), (after, info) = load_network(student), load_network(out)
+    assert info.made_by["distil"] and info.made_by["relus"] == count_relus(before) == count_relus(after)
+    kept, changed = 0, 0
+    for name, value in after.state_dict().items():
+        same = torch.equal(value, before.state_dict()[name])
+        kept += name.endswith("mask") and same
+        changed += name.endswith(("weight", "c1")) and not same
+    assert (kept, changed > 20) == (17, True)
+    mistake(program(*command, "--teacher", student), 2, "already reduced")

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None
         assert result.label == mixed_model.public.classes[result.index]
         with pytest.raises(InputError, match=r"1\.\.3"):
             client.preprocess(1, batch=4)
+
+
+def test_implausible_results_are_marked(serve: Serve, mixed_model: Model) -> None:
+    assert mixed_model.public.largest_logit is not None
+    strict = Model(replace(mixed_model.public, largest_logit=1e-6), mixed_model.private)
+    for model, plausible in ((mixed_model, True), (strict, False)):
+        with serve(model).client() as client:
+            assert [p.plausible for p in client.predict(PIXELS[:2])] == [plausible] * 2
 
 
 def test_preprocessing_ahead(serve: Serve, relu_model: Model) -> None:
