@@ -25,6 +25,9 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/yamllint -s -d "{extends: default, rules: {line-length: {max: 140}, document-start: disable, braces: disable}}" deploy
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/relucent.yaml
 
 bench: $(VENV)/installed
 	$(BIN)/relucent-bench latency

@@ -202,7 +202,7 @@ def peers(
 @app.command("load")
 @exit_on_error("relucent-bench")
 def load_test(
-    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16",
+    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16,64",
     seconds: Annotated[float, typer.Option(help="Of measuring for each.", min=1)] = 30.0,
     processes: Annotated[int, typer.Option(help="Processes of the server.", min=1)] = 1,
     model: Annotated[Path, typer.Option(help="Compiled model.")] = MODEL,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import environment, peak_rss_mb, serving
+from benchmarks.processes import environment, peak_rss_mb, serving_tls
 from client import Client
 from protocol.errors import RelucentError, ResourceLimit
 from protocol.model import load
@@ -27,7 +27,7 @@ CLIENT_PROCESSES = 4
 def measure_load(model: Path, clients: list[int], seconds: float, processes: int, say: Any) -> dict[str, Any]:
     """For each number of clients: images per second, latencies, memory, refusals and errors, over `seconds` after a warm-up.
 
-    Every client prepares one inference and uses it, again and again. processes: of the server.
+    Every client, with a token of its own over TLS, prepares one inference and uses it, again and again. processes: of the server.
     """
     loaded = load(model)
     rows = []
@@ -36,13 +36,11 @@ def measure_load(model: Path, clients: list[int], seconds: float, processes: int
         np.save(Path(folder) / "images.npy", images.reshape(8, 1, *loaded.public.input_shape))
         for count in clients:
             say(f"{count} clients")
-            options = ["--sessions", "4", "--client-sessions", "4", "--stock-mb", "8192", "--client-stock-mb", "8192"]
-            if processes > 1:
-                options += ["--processes", str(processes), "--state", f"{folder}/state{count}"]
-            with serving(model, *options) as roles:
+            with serving_tls(model, count, "--processes", str(processes)) as roles:
+                (Path(folder) / "tokens").write_text("\n".join(roles.tokens))
                 groups = [count // CLIENT_PROCESSES + (i < count % CLIENT_PROCESSES) for i in range(CLIENT_PROCESSES)]
-                running = [subprocess.Popen([sys.executable, "-m", "benchmarks.load", roles.server, roles.dealer, f"{folder}/images.npy",
-                                             str(group), str(seconds), f"{folder}/cache{i}"], stdout=subprocess.PIPE, text=True)
+                running = [subprocess.Popen([sys.executable, "-m", "benchmarks.load", roles.server, roles.dealer, str(roles.ca), folder,
+                                             str(sum(groups[:i])), str(group), str(seconds)], stdout=subprocess.PIPE, text=True)
                            for i, group in enumerate(groups) if group]
                 parts = [json.loads(process.communicate()[0]) for process in running]
                 memory = {"server": peak_rss_mb(roles.server_pid), "dealer": peak_rss_mb(roles.dealer_pid)}
@@ -63,8 +61,9 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Some of the clients, in threads of this process. Prints one JSON object."""
-    server, dealer, path, count, seconds, cache = sys.argv[1:7]
-    images = np.load(path, allow_pickle=False)
+    server, dealer, ca, folder, first, count, seconds = sys.argv[1:8]
+    images = np.load(Path(folder) / "images.npy", allow_pickle=False)
+    tokens = (Path(folder) / "tokens").read_text().split()[int(first) :]
     online: list[float] = []
     whole: list[float] = []
     errors: Counter[str] = Counter()
@@ -72,7 +71,7 @@ def main() -> None:
 
     def work(number: int) -> None:
         try:
-            with Client(server, dealer, insecure=True, cache=Path(cache), timeout_s=120) as client:
+            with Client(server, dealer, ca=Path(ca), token=tokens[number], cache=Path(folder) / f"cache{first}", timeout_s=120) as client:
                 client.predict(images[0])  # warm-up
                 ready.wait(300)
                 until = time.perf_counter() + float(seconds)

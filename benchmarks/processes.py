@@ -15,18 +15,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 from protocol.errors import PeerError
+from protocol.sealed import load_key
+from protocol.tls import Identity
+from server.certificates import Authority
+from server.state import State
 
 START_S = 120.0
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Addresses and process ids of a running dealer and server."""
+    """Addresses and process ids of a running dealer and server; with TLS the authority's file and one API token per client."""
 
     server: str
     dealer: str
     server_pid: int
     dealer_pid: int
+    ca: Path | None = None
+    tokens: tuple[str, ...] = ()
 
 
 def peak_rss_mb(pid: int) -> float:
@@ -62,27 +68,53 @@ def _start(role: str, arguments: list[str], log: Path, running: list[subprocess.
 
 
 @contextmanager
+def serving_tls(model: Path, clients: int, *options: str) -> Iterator[Roles]:
+    """As `serving`, as an operator would run it: TLS on every link, tokens for so many clients, state on disk."""
+    running: list[subprocess.Popen[str]] = []
+    with tempfile.TemporaryDirectory() as name, _stopping(running):
+        folder = Path(name)
+        authority = Authority(folder)
+        tls = {}
+        for role in ("dealer", "server"):
+            certificate, key = authority.issue(Identity(role, role), ["127.0.0.1"])
+            tls[role] = ["--certificate", str(certificate), "--key", str(key), "--ca", str(folder / "ca.pem"), "--grace-s", "1",
+                         "--listen", "127.0.0.1:0"]
+        dealer, addresses = _start("dealer", ["serve", *tls["dealer"], "--listen-servers", "127.0.0.1:0"], folder / "dealer.log", running)
+        for_clients, _, for_servers = addresses.split()
+        server, address = _start("server", ["serve", str(model), *tls["server"], "--dealer", for_servers, "--state", str(folder / "state"),
+                                            *options], folder / "server.log", running)
+        state = State(f"sqlite:///{folder / 'state' / 'state.db'}", load_key(folder / "state" / "master.key"))
+        tokens = tuple(state.create_token(f"client{i}", None) for i in range(clients))
+        yield Roles(address, for_clients, server.pid, dealer.pid, folder / "ca.pem", tokens)
+
+
+@contextmanager
+def _stopping(running: list[subprocess.Popen[str]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@contextmanager
 def serving(model: Path, *options: str) -> Iterator[Roles]:
     """A dealer and a server for `model` on free loopback ports, stopped at the end."""
     running: list[subprocess.Popen[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1"]
-            dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
-            arguments = [*base[:1], str(model), *base[1:], "--timelines", "--dealer", dealer_address, *options]
-            server, server_address = _start("server", arguments, Path(folder) / "server.log", running)
-            yield Roles(server_address, dealer_address, server.pid, dealer.pid)
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                if process.stdout is not None:
-                    process.stdout.close()
+    with tempfile.TemporaryDirectory() as folder, _stopping(running):
+        base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1"]
+        dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
+        arguments = [*base[:1], str(model), *base[1:], "--timelines", "--dealer", dealer_address, *options]
+        server, server_address = _start("server", arguments, Path(folder) / "server.log", running)
+        yield Roles(server_address, dealer_address, server.pid, dealer.pid)
 
 
 def commit() -> str:
