@@ -61,6 +61,7 @@ class ServerSettings(Settings):
     SQLite file there. master_key: file; default master.key in the folder.
     stock_mb: all prepared material; client_stock_mb: one client's; memory_mb: of it, in memory too. lifetime_s: of material.
     sessions: calls that compute at once, client_sessions for one client; waiting, client_waiting: calls that may wait, for wait_s.
+    client_rate: calls that one client may begin in a minute; 0 for any number.
     timeout_s, idle_s: of a call, and between two of its messages. timelines: tell clients that ask how long what took.
     processes: worker processes on one port.
     """
@@ -84,6 +85,7 @@ class ServerSettings(Settings):
     client_sessions: PositiveInt = 2
     waiting: PositiveInt = 256
     client_waiting: PositiveInt = 32
+    client_rate: float = Field(0.0, ge=0)
     wait_s: PositiveFloat = 30.0
     timeout_s: PositiveFloat = 600.0
     idle_s: PositiveFloat = 60.0

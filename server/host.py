@@ -158,7 +158,8 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
     catalogue.replace(models, REGISTER_S)
     stock = Stock(state, folder=settings.state / "stock" if settings.state is not None else None, limit_bytes=settings.stock_mb << 20,
                   client_bytes=settings.client_stock_mb << 20, memory_bytes=settings.memory_mb << 20, lifetime_s=settings.lifetime_s)
-    sessions = Sessions(settings.sessions, settings.client_sessions, settings.waiting, settings.client_waiting, settings.wait_s)
+    sessions = Sessions(settings.sessions, settings.client_sessions, settings.waiting, settings.client_waiting, settings.wait_s,
+                        settings.client_rate)
     metrics = Metrics("server")
     metrics.watch("relucent_server_stock_bytes", "Prepared material, and material in preparation", stock.bytes_used)
     metrics.watch("relucent_server_sessions_waiting", "Sessions that wait for their turn", lambda: sessions.counts()[1])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from protocol.errors import ResourceLimit
+
+MAX_COUNTED = 10_000
 
 
 class Sessions:
@@ -16,10 +18,14 @@ class Sessions:
 
     Args:
         slots: sessions that run at once. client_slots: of those, for one client. waiting: sessions that may wait, in total;
-            client_waiting: for one client. wait_s: how long one waits before it is refused.
+            client_waiting: for one client. wait_s: how long one waits before it is refused. client_rate: sessions that one client
+            may begin in a minute, saved up for at most a minute; 0 for any number.
     """
 
-    def __init__(self, slots: int, client_slots: int, waiting: int, client_waiting: int, wait_s: float) -> None:
+    def __init__(self, slots: int, client_slots: int, waiting: int, client_waiting: int, wait_s: float, client_rate: float = 0.0,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._clock = client_rate, clock
+        self._begun: dict[str, tuple[float, float]] = {}
         self._slots, self._client_slots = slots, client_slots
         self._waiting, self._client_waiting, self._wait_s = waiting, client_waiting, wait_s
         self._running: dict[str, int] = {}
@@ -32,6 +38,7 @@ class Sessions:
         """Hold a slot. Raises ResourceLimit if too many wait, or none becomes free in time."""
         turn = threading.Event()
         with self._lock:
+            self._count(client)
             queue = self._queues.setdefault(client, deque())
             if sum(map(len, self._queues.values())) >= self._waiting or len(queue) >= self._client_waiting:
                 self._tidy(client)
@@ -53,6 +60,19 @@ class Sessions:
                     del self._running[client]
                 self._admit()
                 self._idle.notify_all()
+
+    def _count(self, client: str) -> None:
+        """One session more for this client. Raises ResourceLimit if it begins them too fast."""
+        if not self._rate:
+            return
+        now = self._clock()
+        saved, since = self._begun.get(client, (self._rate, now))
+        saved = min(saved + self._rate * (now - since) / 60, self._rate)
+        if saved < 1:
+            raise ResourceLimit(f"more than {self._rate:g} sessions a minute", f"try again in {60 * (1 - saved) / self._rate:.0f} s")
+        self._begun[client] = saved - 1, now
+        if len(self._begun) > MAX_COUNTED:  # whoever has saved up a minute's worth is as good as new
+            self._begun = {c: (s, t) for c, (s, t) in self._begun.items() if s + self._rate * (now - t) / 60 < self._rate}
 
     def _tidy(self, client: str) -> None:
         if not self._queues.get(client, True):

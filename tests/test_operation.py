@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import ssl
+import subprocess
 import threading
 import time
 import urllib.request
@@ -18,9 +20,11 @@ import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.relay import Relay
 from client import Client, list_models
-from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, ResourceLimit, StorageError
+from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, RelucentError, ResourceLimit, StorageError
 from protocol.inference import preprocess
+from protocol.links import Link
 from protocol.model import Model, save
 from protocol.plan import make_plan
 from protocol.sealed import load_key, read_sealed, seal, unseal, write_sealed
@@ -259,6 +263,89 @@ def test_clients_do_not_get_the_files_of_others(name: str, tmp_path: Path) -> No
     with pytest.raises(InputError, match="somebody else"):
         authority.issue(Identity("client", name), [], renew=True)
     assert (tmp_path / "ca-key.pem").read_bytes() == before
+
+
+# --- shortages and slow peers: an error while they last, service when they are over ------------------------------------
+
+
+@contextlib.contextmanager
+def limited(process: subprocess.Popen[str], what: int, value: int) -> Iterator[None]:
+    """A limit of the kernel's on a running process."""
+    before = resource.prlimit(process.pid, what)
+    resource.prlimit(process.pid, what, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, what, before)
+
+
+def test_full_disk_at_the_server(site: Site, mixed_model: Model) -> None:
+    site.dealer()
+    server = site.server()
+    with site.client(token=site.token()) as client:
+        agrees(client, mixed_model)
+        with limited(server, resource.RLIMIT_FSIZE, 4096), pytest.raises(StorageError):
+            client.preprocess(1)
+        agrees(client, mixed_model)
+        client.preprocess(1)
+    assert not list((site.folder / "state" / "stock").iterdir())
+    assert "Traceback" not in site.logs()
+
+
+def test_too_few_file_descriptors_at_the_server(site: Site, mixed_model: Model) -> None:
+    import socket
+
+    site.dealer()
+    server = site.server()
+    token, (host, port) = site.token(), site.addresses["server"].split(":")
+    with site.client(token=token) as client:
+        agrees(client, mixed_model)
+        used = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
+        with limited(server, resource.RLIMIT_NOFILE, used + 4), contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(socket.create_connection((host, int(port)), 5))
+            time.sleep(0.5)
+            with pytest.raises(RelucentError):
+                list_models(site.addresses["server"], ca=site.ca, token=token, timeout_s=3)
+            with contextlib.suppress(RelucentError):  # who is connected may go on, if the database finds a descriptor
+                agrees(client, mixed_model)
+        wait_for(lambda: bool(answered(site, token)))
+        agrees(client, mixed_model)
+
+
+def answered(site: Site, token: str) -> list[object]:
+    try:
+        return [*list_models(site.addresses["server"], ca=site.ca, token=token, timeout_s=3)]
+    except RelucentError:
+        return []
+
+
+def test_slow_dealer(site: Site, mixed_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dealer that is slower than the deadline: a named error in time on the client's side; then service again."""
+    for name, value in (("TIMEOUT_S", "4"), ("IDLE_S", "3"), ("WAIT_S", "2")):
+        monkeypatch.setenv(f"RELUCENT_SERVER_{name}", value)
+    slow = threading.Event()
+
+    def delay(_carried: int, data: bytes) -> list[bytes]:
+        if slow.is_set():
+            time.sleep(2)
+        return [data]
+
+    site.dealer()
+    with Relay(site.addresses["servers"], Link("none", 0.0, 0.0), down_fault=delay) as relay:
+        site.addresses["servers"] = relay.address
+        site.server()
+        with site.client(token=site.token()) as client:
+            agrees(client, mixed_model)
+            slow.set()
+            started = time.monotonic()
+            with pytest.raises(PeerError):
+                client.predict(PIXELS[:1])
+            assert time.monotonic() - started < 20
+            slow.clear()
+            wait_for(lambda: not list((site.folder / "state" / "stock").iterdir()))
+            agrees(client, mixed_model)
+    assert "Traceback" not in site.logs()
 
 
 # --- stock and state --------------------------------------------------------------------------------------------------
@@ -552,6 +639,29 @@ def test_sessions_are_bounded() -> None:
     thread.join()
     waiting.join()
     assert sessions.counts()[1] == 0
+
+
+def test_sessions_per_minute() -> None:
+    now = [0.0]
+    sessions = Sessions(9, 9, 9, 9, 1, client_rate=6, clock=lambda: now[0])
+
+    def begun(client: str) -> int:
+        count = 0
+        with contextlib.suppress(ResourceLimit):
+            while count < 50:
+                with sessions.slot(client):
+                    count += 1
+        return count
+
+    assert (begun("a"), begun("a"), begun("b")) == (6, 0, 6)
+    with pytest.raises(ResourceLimit, match="more than 6 sessions a minute") as caught, sessions.slot("a"):
+        pass
+    assert "10 s" in caught.value.hint
+    now[0] += 20
+    assert begun("a") == 2
+    now[0] += 3600
+    assert begun("a") == 6
+    assert sessions.counts() == (0, 0)
 
 
 def test_one_client_cannot_fill_the_stock(serve: Serve, relu_model: Model) -> None:
