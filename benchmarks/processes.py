@@ -15,10 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from protocol.errors import PeerError
-from protocol.sealed import load_key
-from protocol.tls import Identity
-from server.certificates import Authority
-from server.state import State
 
 START_S = 120.0
 
@@ -52,6 +48,14 @@ def role_command(role: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", f"from {app}; app()", *arguments]
 
 
+def _run(role: str, *arguments: str) -> str:
+    """What a command of a program prints. Raises PeerError if it fails."""
+    done = subprocess.run(role_command(role, *arguments), capture_output=True, text=True)
+    if done.returncode:
+        raise PeerError(f"relucent-{role} {arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
 def _start(role: str, arguments: list[str], log: Path, running: list[subprocess.Popen[str]]) -> tuple[subprocess.Popen[str], str]:
     with log.open("w") as errors:
         process = subprocess.Popen(role_command(role, *arguments), stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -73,19 +77,17 @@ def serving_tls(model: Path, clients: int, *options: str) -> Iterator[Roles]:
     running: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory() as name, _stopping(running):
         folder = Path(name)
-        authority = Authority(folder)
         tls = {}
         for role in ("dealer", "server"):
-            certificate, key = authority.issue(Identity(role, role), ["127.0.0.1"])
-            tls[role] = ["--certificate", str(certificate), "--key", str(key), "--ca", str(folder / "ca.pem"), "--grace-s", "1",
-                         "--listen", "127.0.0.1:0"]
+            _run(role, "init", name, "--host", "127.0.0.1")
+            tls[role] = ["--certificate", f"{name}/{role}.pem", "--key", f"{name}/{role}-key.pem", "--ca", f"{name}/ca.pem",
+                         "--grace-s", "1", "--listen", "127.0.0.1:0"]
         dealer, addresses = _start("dealer", ["serve", *tls["dealer"], "--listen-servers", "127.0.0.1:0"], folder / "dealer.log", running)
         for_clients, _, for_servers = addresses.split()
         server, address = _start("server", ["serve", str(model), *tls["server"], "--dealer", for_servers, "--state", str(folder / "state"),
                                             *options], folder / "server.log", running)
-        state = State(f"sqlite:///{folder / 'state' / 'state.db'}", load_key(folder / "state" / "master.key"))
-        tokens = tuple(state.create_token(f"client{i}", None) for i in range(clients))
-        yield Roles(address, for_clients, server.pid, dealer.pid, folder / "ca.pem", tokens)
+        tokens = _run("server", "token", "create", *(f"client{i}" for i in range(clients)), "--state", f"{name}/state").split()
+        yield Roles(address, for_clients, server.pid, dealer.pid, folder / "ca.pem", tuple(tokens))
 
 
 @contextmanager

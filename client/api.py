@@ -9,11 +9,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from client.delta_cache import DeltaCache, default_folder
+from client.offer import Offer, fetch_offer
 from client.stock import DiskStock, MemoryStock, Prepared, Stock
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
@@ -30,9 +31,8 @@ from protocol.dealing import DealtToClient
 from protocol.errors import InputError, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
 from protocol.inference import encode_images
 from protocol.material import Material
-from protocol.model import MAX_PUBLIC_BYTES, PublicModel
+from protocol.model import PublicModel
 from protocol.online import online_client
-from protocol.plan import Plan, make_plan, weight_shapes
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
 from protocol.timeline import Timeline
@@ -46,11 +46,8 @@ from protocol.wire import (
     ChunkReceiver,
     ChunkSender,
     check_bytes,
-    check_version,
 )
 
-Reply = TypeVar("Reply")
-FETCH_TRIES, FETCH_PAUSE_S = 5, 0.2
 REFILL_PAUSES_S = (1.0, 60.0)
 """How long the refilling waits after a failure: at first, and at most."""
 MAX_LIFETIME_S = 30 * 86_400.0
@@ -154,8 +151,7 @@ class Client:
         self._online, self._preparing = threading.Lock(), threading.Lock()
         self._closed, self._consumed = threading.Event(), threading.Event()
         self._refilling: threading.Thread | None = None
-        self._plans: dict[int, Plan] = {}
-        self.model: PublicModel = None  # type: ignore[assignment]  # set by _load
+        self._offer: Offer = None  # type: ignore[assignment]  # set by _load
         self.last_online: PhaseCost | None = None
         self.last_preprocessing: PhaseCost | None = None
         try:
@@ -200,69 +196,23 @@ class Client:
             self._load()
 
     def _load(self) -> None:
-        """Fetch the offer, the public model and Delta. Raises ModelMismatch if the model is not the one from before."""
-        try:
-            offer = self._server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, name=self._model_name),
-                                          timeout=min(20.0, self._timeout_s))
-        except grpc.RpcError as error:
-            raise translate(error, "the server") from None
-        check_version(offer.protocol_version)
-        if offer.public_bytes > MAX_PUBLIC_BYTES:
-            raise ProtocolViolation("the server announces a public model that is too large")
-        request = pb.FetchRequest(protocol_version=PROTOCOL_VERSION, model_id=offer.model_id, delta_id=offer.delta_id)
-        model = PublicModel.from_bytes(self._fetch(self._server.FetchPublic, request, offer.public_bytes))
-        if model.model_id != offer.model_id:
-            raise ProtocolViolation("the server's public model does not have the announced id")
-        if self.model is not None and self.model.model_id != model.model_id:
+        """Fetch the offer. Raises ModelMismatch if the model is not the one from before."""
+        offer = fetch_offer(self._server, self._model_name, self._cache, self._timeout_s)
+        if self._offer is not None and self._offer.model.model_id != offer.model.model_id:
             raise ModelMismatch("the server has changed its model", "make a new client")
-        self.model = model
-        self._plans = {1: make_plan(self.model, 1)}
-        shapes = weight_shapes(self.model)
-        if offer.delta_bytes != sum(ring.ELEMENT_BYTES * torch.Size(s).numel() for s in shapes.values()):
-            raise ProtocolViolation("the server announces a Delta that does not fit its model")
-        delta_id = check_bytes(offer.delta_id, 32, "the Delta id")
-
-        def fetch_delta() -> bytes:
-            data = self._fetch(self._server.FetchDelta, request, offer.delta_bytes)
-            if hashlib.sha256(data).digest() != delta_id:
-                raise ProtocolViolation("Delta does not have the announced checksum")
-            return data
-
-        data = memoryview(self._cache.get(offer.model_id, delta_id, offer.delta_bytes, fetch_delta))
-        self._delta: dict[str, Tensor] = {}
-        position = 0
-        for name, shape in shapes.items():
-            size = ring.ELEMENT_BYTES * torch.Size(shape).numel()
-            self._delta[name] = ring.from_bytes(data[position : position + size], shape)
-            position += size
-        self._delta_id, self._mask_id, self._registration_id = delta_id, offer.mask_id, offer.registration_id
-        self.max_batch = int(offer.max_batch)
+        self._offer = offer
         if self._stock_folder is not None:
-            self._stock = DiskStock(self._stock_folder, self._stock_key, bytes.fromhex(model.model_id) + offer.registration_id + delta_id)
+            self._stock = DiskStock(self._stock_folder, self._stock_key, offer.label)
 
-    def _fetch(self, call: Callable[..., Iterator[pb.Chunk]], request: pb.FetchRequest, length: int) -> bytes:
-        """A download; goes on where it broke off, up to FETCH_TRIES times."""
-        data = bytearray()
-        for attempt in range(FETCH_TRIES):
-            rest = pb.FetchRequest(protocol_version=request.protocol_version, model_id=request.model_id, delta_id=request.delta_id,
-                                   offset=len(data))
-            chunks = call(rest, timeout=self._timeout_s)
-            receiver = ChunkReceiver(lambda: next_message(chunks, "the server"))  # noqa: B023  # used before the next turn
-            try:
-                receiver.receive_into(data, length)
-                return bytes(data)
-            except PeerError:
-                if attempt + 1 == FETCH_TRIES:
-                    raise
-                time.sleep(FETCH_PAUSE_S * 2**attempt)
-        raise AssertionError("unreachable")
+    @property
+    def model(self) -> PublicModel:
+        """The public part of the server's model."""
+        return self._offer.model
 
-    def _plan(self, batch: int) -> Plan:
-        if not 1 <= batch <= self.max_batch:
-            raise InputError(f"the batch must lie in 1..{self.max_batch}, got {batch}")
-        if batch not in self._plans:
-            self._plans[batch] = make_plan(self.model, batch)
-        return self._plans[batch]
+    @property
+    def max_batch(self) -> int:
+        """Images that the server takes at once."""
+        return self._offer.max_batch
 
     # --- preprocessing ------------------------------------------------------------------------------------------------
 
@@ -284,7 +234,7 @@ class Client:
         """
         if self._refilling is not None:
             raise InputError("this client prepares in the background already", "call keep_ahead once")
-        self._plan(batch)
+        self._offer.plan(batch)
         self._refilling = threading.Thread(target=self._refill, args=(n, batch), daemon=True, name="refill")
         self._refilling.start()
 
@@ -316,18 +266,19 @@ class Client:
 
     def _prepare(self, batch: int) -> Prepared:
         try:
-            return self._preprocess_once(self._plan(batch))
+            return self._preprocess_once(self._offer, batch)
         except ModelMismatch:  # the server has registered anew; its Delta has changed
             self._load_again_once()
-            return self._preprocess_once(self._plan(batch))
+            return self._preprocess_once(self._offer, batch)
 
-    def _preprocess_once(self, plan: Plan) -> Prepared:
+    def _preprocess_once(self, offer: Offer, batch: int) -> Prepared:
+        plan = offer.plan(batch)
         started = time.perf_counter()
         secret = secrets.token_bytes(SECRET_BYTES)
         client_id = hashlib.sha256(secret).digest()
         up: RequestQueue[pb.PreprocessUp] = RequestQueue()
         up.put(pb.PreprocessUp(open=pb.PreprocessOpen(
-            protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id, delta_id=self._delta_id, batch=plan.batch,
+            protocol_version=PROTOCOL_VERSION, model_id=offer.model.model_id, delta_id=offer.delta_id, batch=plan.batch,
             client_id=client_id)))
         sender = ChunkSender(lambda chunk: up.put(pb.PreprocessUp(chunk=chunk)))
         replies = self._server.Preprocess(iter(up), timeout=self._timeout_s)
@@ -336,13 +287,13 @@ class Client:
         try:
             material_id = check_bytes(next_message(replies, "the server").material_id, ID_BYTES, "the material id")
             dealt = self._dealer.FetchMaterial(pb.MaterialRequest(
-                protocol_version=PROTOCOL_VERSION, model_id=self.model.model_id, registration_id=self._registration_id,
-                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret, mask_id=self._mask_id),
+                protocol_version=PROTOCOL_VERSION, model_id=offer.model.model_id, registration_id=offer.registration_id,
+                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret, mask_id=offer.mask_id),
                 timeout=self._timeout_s)
             try:
                 seed = Seed(check_bytes(next_message(dealt, "the dealer").seed, SECRET_BYTES, "the seed"))
                 source = ChunkReceiver(lambda: next_message(dealt, "the dealer").chunk)
-                contents = preprocess_client(plan, self._delta, DealtToClient(plan, seed, source), sender)
+                contents = preprocess_client(plan, offer.delta, DealtToClient(plan, seed, source), sender)
             except RelucentError as error:
                 raise self._first_cause(replies, error) from None
             up.close()
@@ -403,7 +354,7 @@ class Client:
         return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()), plausible)
 
     def _infer(self, images: Tensor, progress: Callable[[str], None]) -> Tensor:
-        plan = self._plan(len(images))
+        plan = self._offer.plan(len(images))
         what = f"{len(images)} image{'s' * (len(images) > 1)}"
         while True:
             prepared = self._stock.take(plan)

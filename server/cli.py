@@ -196,12 +196,16 @@ def _tokens(state: Path, database: str | None, master_key: Path | None) -> State
 @token_app.command("create")
 @exit_on_error("relucent-server")
 def create_token(
-    name: Annotated[str, typer.Argument(help="Name of the client.")], state: StateFolder,
+    names: Annotated[list[str], typer.Argument(help="Name of the client; several for a token each.")], state: StateFolder,
     days: Annotated[float | None, typer.Option(help="Days that it is valid; default for ever.", min=0.001)] = None,
     database: Database = None, master_key: MasterKey = None,
 ) -> None:
-    """Make a token and print it, once; the server stores a hash only."""
-    print(_tokens(state, database, master_key).create_token(name, days))
+    """Make tokens and print them, one a line, once; the server stores a hash only."""
+    opened = _tokens(state, database, master_key)
+    for name in names:
+        check_name(name)
+    for name in names:
+        print(opened.create_token(name, days))
 
 
 @server_app.command("deny")

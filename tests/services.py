@@ -103,6 +103,6 @@ def infer_messages(client: Client, material_id: bytes, secret: bytes, *chunks: p
 
 
 def preprocess_open(client: Client, **changes: Any) -> pb.PreprocessUp:
-    terms = {"protocol_version": 1, "model_id": client.model.model_id, "delta_id": client._delta_id, "batch": 1,
+    terms = {"protocol_version": 1, "model_id": client.model.model_id, "delta_id": client._offer.delta_id, "batch": 1,
              "client_id": bytes(32)}
     return pb.PreprocessUp(open=pb.PreprocessOpen(**(terms | changes)))

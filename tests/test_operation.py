@@ -152,7 +152,7 @@ def test_restart_keeps_unused_material_and_delta(site: Site, mixed_model: Model)
     server = site.server()
     client = site.client(token=site.token())
     client.preprocess(2)
-    delta = client._delta_id
+    delta = client._offer.delta_id
     agrees(client, mixed_model)
     server.send_signal(signal.SIGTERM)
     assert server.wait(20) == 0
@@ -163,7 +163,7 @@ def test_restart_keeps_unused_material_and_delta(site: Site, mixed_model: Model)
     agrees(client, mixed_model)  # the second material outlived the restart
     assert client.prepared() == 0
     agrees(client, mixed_model)
-    assert client._delta_id == delta  # nothing to download again
+    assert client._offer.delta_id == delta  # nothing to download again
     client.close()
     assert not list((site.folder / "state" / "stock").iterdir())
 
@@ -182,7 +182,7 @@ def test_killed_server_never_takes_material_again(messages: int, site: Site, mix
     material_id, secret = steal(client)
     opening = pb.InferUp(open=pb.InferOpen(protocol_version=1, model_id=client.model.model_id, client_secret=secret,
                                            material_id=material_id))
-    sizes = [ring.ELEMENT_BYTES * 192, *(8 * s.active for s in client._plan(1).activations)]
+    sizes = [ring.ELEMENT_BYTES * 192, *(8 * s.active for s in client._offer.plan(1).activations)]
     done = threading.Event()
 
     def requests() -> Iterator[pb.InferUp]:

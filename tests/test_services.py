@@ -43,7 +43,7 @@ def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None
         agrees(client, mixed_model, PIXELS)  # four images, at most three in a batch
         agrees(client, mixed_model, PIXELS[:1])
         assert client.last_online is not None
-        plan = client._plan(1)
+        plan = client._offer.plan(1)
         assert client.last_online.rounds == plan.rounds
         payload_up, payload_down = plan.online_bytes_up, plan.online_bytes_down
         assert payload_up < client.last_online.bytes_up < payload_up + 20 * plan.rounds
@@ -395,8 +395,9 @@ def test_clients_that_wait_alone_make_room(serve: Serve, relu_model: Model, monk
         for i in range(10):
             secret = i.to_bytes(32)
             calls.append(client._dealer.FetchMaterial(pb.MaterialRequest(
-                protocol_version=1, model_id=client.model.model_id, registration_id=client._registration_id, material_id=i.to_bytes(16),
-                client_id=hashlib.sha256(secret).digest(), client_secret=secret, batch=1, mask_id=client._mask_id), timeout=20))
+                protocol_version=1, model_id=client.model.model_id, registration_id=client._offer.registration_id,
+                material_id=i.to_bytes(16), client_id=hashlib.sha256(secret).digest(), client_secret=secret, batch=1,
+                mask_id=client._offer.mask_id), timeout=20))
         wait_for(lambda: sum(c.done() for c in calls) >= 6)
         agrees(client, relu_model)
         for call in calls:
