@@ -18,10 +18,11 @@ from benchmarks.demo import MODEL, demo_images
 from benchmarks.demo import demo as run_demo
 from benchmarks.latency import measure, run_side_by_side
 from benchmarks.load import measure_load
+from benchmarks.methods import measure_methods
 from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
 from benchmarks.processes import commit, environment
-from benchmarks.report import make_report
+from benchmarks.report import load_results, make_report
 from benchmarks.sweep import run_sweep
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
@@ -141,15 +142,19 @@ def _numbers(text: str, what: str, words: dict[str, int | None] | None = None) -
 
 def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
     result |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": "relucent-bench " + " ".join(sys.argv[1:]), "commit": commit()}
+    _write_json(out, result)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"wrote {out}; `relucent-bench report` draws it")
+
+
+def _write_json(out: Path, result: dict[str, Any]) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}", "free some space, or name another file") from error
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print(f"wrote {out}; `relucent-bench report` draws it")
 
 
 RESULTS = Path("benchmarks/results")
@@ -212,6 +217,25 @@ def load_test(
     """Throughput and latency with many clients at once, preprocessing included."""
     with Status("starting", console=Console(stderr=True)) as status:
         result = measure_load(model, [n for n in _numbers(clients, "--clients") if n], seconds, processes, status.update)
+    _store(result, out, as_json)
+
+
+@app.command()
+@exit_on_error("relucent-bench", DataError, NetworkFileError)
+def methods(
+    folder: Annotated[Path, typer.Argument(help="Folder of `relucent-opt pareto`.")],
+    data: Annotated[Path, typer.Option(help="Folder of the data set; its test images are classified.")] = Path("data"),
+    images: Annotated[int, typer.Option(help="Test images that are classified privately.", min=1)] = 1000,
+    runs: Annotated[int, typer.Option(help="Measured runs of the latency; one more warms up.", min=1)] = 15,
+    out: Annotated[Path, typer.Option(help="Where to store the JSON; rows that it holds already are not measured again.")] =
+    RESULTS / "methods.json",
+    as_json: AsJson = False,
+) -> None:
+    """Each network of a Pareto run as it would be served: float, fixed-point and private accuracy, latency, bytes."""
+    before = load_results(out.parent, out.stem) or {"rows": []}
+    with Status("starting", console=Console(stderr=True)) as status:
+        result = measure_methods(folder, data, images, runs, before["rows"], status.update,
+                                 lambda rows: _write_json(out, {"rows": rows}))
     _store(result, out, as_json)
 
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # files only; no window system is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from model_opt.show import draw_pareto
 from protocol.errors import InputError
 from protocol.timeline import KINDS
 
@@ -192,6 +193,19 @@ def load_table(load: dict[str, Any]) -> list[str]:
                     str(sum(r["errors"].values())), f"{r['peak_rss_mb']['server']:.0f}"] for r in load["rows"]])
 
 
+def methods_table(methods: dict[str, Any]) -> list[str]:
+    """Markdown lines: one row for each method, budget and seed."""
+    lines = []
+    for r in sorted(methods["rows"], key=lambda r: (r["budget"], -r["test_accuracy"])):
+        lines.append([r["label"], f"{r['network']} w{r['width']}", f"{r['relus']:,}", str(r["degree"]),
+                      f"{100 * r['validation_accuracy']:.2f}", f"{100 * r['test_accuracy']:.2f}", f"{100 * r['fixed_point_accuracy']:.2f}",
+                      f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})", f"{r['online_ms']:.0f}",
+                      f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"]), str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}"])
+    return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",
+                   f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms", "online MB",
+                   "rounds", "seed", "epochs", "minutes"), lines)
+
+
 def _machine(result: dict[str, Any]) -> str:
     facts = result if "cpu" in result else result["rows"][0]
     return f"{facts['cpu']}, load average {facts['load_average'][0]}, PyTorch {facts['versions']['torch']}, {result.get('date', 'undated')}"
@@ -206,6 +220,9 @@ def make_report(results: Path, out: Path, readme: Path | None) -> list[Path]:
          [("growth", lambda r, p: plot_growth(r["rows"], p)), ("time", lambda r, p: plot_time(r["rows"], p))]),
         ("peers", "Other engines, same network, weights and image", peers_table, [("peers", plot_peers)]),
         ("load", "Many clients", load_table, [("load", plot_load)]),
+        ("methods", "ReLU-reduction methods side by side", methods_table,
+         [("methods", lambda r, p: draw_pareto(r["rows"], p, "Ours, and published results of larger networks", True)),
+          ("accuracy", lambda r, p: plot_accuracy(r["rows"], p))]),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for name, title, table, plots in known:

@@ -13,7 +13,6 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.status import Status
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from model_opt.runs import describe_hardware, minutes_spent
 from model_opt.training import Recipe, TrainingError, accuracy, fit, world, write_atomically
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
-from protocol.simulation import simulate
 from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -301,7 +299,8 @@ def pareto(
                     reduced = _reduced_info(info, result, made_by)
                     _write(network, files.serialise_network(result.model, reduced, 16))
                     row = {"label": label, "method": method, "network": info.network, "width": info.width, "relus": result.relus,
-                           "budget": count, "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
+                           "budget": count, "file": network.name,
+                           "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
                            "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
                            "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
                            "details": result.details}
@@ -410,15 +409,6 @@ def compile_network(
           f"{point.comparison_bits}, truncation failure at most {point.failure_bound:.1e} per inference, id {result.public.model_id[:12]}")
 
 
-def _fixed_point_accuracy(model: compiled.Model, split: data.Split) -> float:
-    hits = 0
-    starts = range(0, len(split), 100)
-    for start in track(starts, description="fixed point", console=Console(stderr=True), transient=True):
-        part = split[start : start + 100]
-        hits += int((simulate(model, part.normalised()).argmax(1) == part.labels).sum())
-    return hits / len(split)
-
-
 @app.command()
 @exit_on_error(PROGRAM, *ERRORS)
 def evaluate(
@@ -443,7 +433,7 @@ def evaluate(
     except files.NetworkFileError:
         loaded = _load_compiled(file)
         images = replace(images, mean=loaded.public.mean, std=loaded.public.std)
-        kind, score, relus = "fixed_point", _fixed_point_accuracy(loaded, images), loaded.public.relus
+        kind, score, relus = "fixed_point", compiler.fixed_point_accuracy(loaded, images), loaded.public.relus
     if as_json:
         print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": score,
                           "relus": relus}))

@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, fx, nn
 
 from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, replace_relus
+from model_opt.data import Split
 from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
 from protocol.plan import make_plan
 from protocol.ring import RING_BITS
@@ -362,3 +365,13 @@ def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, ei
             return quantise(replace(public, fixed_point=point, largest_logit=largest), reals, salt, eight_bits)
     raise CompileError("the activations are too large for the ring at any supported precision; is the network trained and "
                        "are the calibration images normalised?")
+
+
+def fixed_point_accuracy(model: Model, split: Split) -> float:
+    """Top-1 accuracy in simulated fixed point, as a fraction. Shows its progress on stderr."""
+    hits = 0
+    starts = range(0, len(split), 100)
+    for start in track(starts, description="fixed point", console=Console(stderr=True), transient=True):
+        part = split[start : start + 100]
+        hits += int((simulate(model, part.normalised()).argmax(1) == part.labels).sum())
+    return hits / len(split)

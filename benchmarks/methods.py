@@ -1,0 +1,76 @@
+"""ReLU-reduction methods side by side: each network of a `relucent-opt pareto` folder, measured as it would be served.
+
+The test images are touched here and nowhere else, once for each network; methods and settings are chosen on validation images.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import measure_accuracy
+from benchmarks.latency import measure
+from benchmarks.processes import environment
+from model_opt.compiler import compile_model, fixed_point_accuracy
+from model_opt.datasets import open_dataset
+from model_opt.files import load_network
+from model_opt.training import accuracy
+from protocol.errors import InputError
+from protocol.model import save
+
+CALIBRATION_IMAGES = 500
+
+
+def measure_methods(folder: Path, data: Path, images: int, runs: int, done: list[dict[str, Any]], say: Callable[[str], None],
+                    keep: Callable[[list[dict[str, Any]]], None]) -> dict[str, Any]:
+    """The rows of `folder`/pareto.json with accuracies on the test images (float, fixed point, private), latency and bytes.
+
+    Args:
+        images: test images that are classified privately; the other two take all. runs: of the latency.
+        done: rows measured before, which are taken as they are. keep: called with all rows after each.
+    """
+    path = folder / "pareto.json"
+    try:
+        listed: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is missing or no result of `relucent-opt pareto`", "run it with --out on this folder first") from error
+    source = open_dataset(data)
+    train, _ = source.load_train()
+    test = source.load_test()
+    rows: list[dict[str, Any]] = []
+    for listed_row in listed:
+        name = listed_row["file"]
+        known = next((row for row in done if row.get("file") == name and row["minutes"] == listed_row["minutes"]), None)
+        if known is not None:
+            rows.append(known)
+            continue
+        say(f"{name}: float accuracy")
+        network, info = load_network(folder / name)
+        row = {key: value for key, value in listed_row.items() if key != "details"}
+        row["test_accuracy"] = accuracy(network, replace(test, mean=info.mean, std=info.std))
+        say(f"{name}: compiling")
+        calibration = replace(train, mean=info.mean, std=info.std)[:CALIBRATION_IMAGES].normalised()
+        model = compile_model(network, calibration, name=name, classes=info.classes, mean=info.mean, std=info.std, eight_bits=True)
+        say(f"{name}: fixed-point accuracy")
+        row["fixed_point_accuracy"] = fixed_point_accuracy(model, replace(test, mean=info.mean, std=info.std))
+        with tempfile.TemporaryDirectory() as temporary:
+            compiled = Path(temporary) / "model.safetensors"
+            save(model, compiled)
+            say(f"{name}: private accuracy")
+            private = measure_accuracy(compiled, None, data, images, 32)
+        say(f"{name}: latency")
+        timed = measure(model, info.network, info.width, batch=1, runs=runs, crypten=False, say=lambda _: None)
+        row |= {"test_images": len(test), "private_accuracy": private["private_accuracy"], "private_images": private["images"],
+                "fixed_point_accuracy_same_images": private["fixed_point_accuracy"],
+                "private_fixed_point_agreement": private["private_fixed_point_agreement"],
+                "online_ms": timed["online_ms"], "online_ms_spread": timed["online_ms_spread"], "runs": timed["runs"],
+                "online_bytes": timed["online_bytes_up"] + timed["online_bytes_down"], "rounds": timed["rounds"],
+                "preprocessing_ms": timed["preprocessing_ms"], "preprocessing_bytes": sum(timed["preprocessing_bytes"].values()),
+                "plaintext_ms": timed["plaintext_ms"]}
+        rows.append(row)
+        keep(rows)
+    return {"rows": rows, **environment()}
