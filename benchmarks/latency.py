@@ -73,11 +73,14 @@ def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
     parties = {"client": "timeline", "server": "server_timeline"}
     result: dict[str, Any] = {name: {kind: median([kinds(run, key)[kind] for run in runs]) for kind in KINDS}
                               for name, key in parties.items()}
-    result["coverage"] = {name: round(statistics.median([sum(kinds(run, key).values()) / (1e3 * run["seconds"]) for run in runs]), 4)
+    # streams that run at once have a timeline each, of which these are the sums
+    wall = [1e3 * run["seconds"] * run["streams"] for run in runs]
+    result["coverage"] = {name: round(statistics.median([sum(kinds(run, key).values()) / ms for run, ms in zip(runs, wall)]), 4)
                           for name, key in parties.items()}
     # while the client waits, the server works or the bytes travel: what neither party's work explains
-    result["between_ms"] = median([1e3 * run["seconds"] - sum(kinds(run, "timeline").values()) + kinds(run, "timeline")["wait"]
-                                   - sum(v for k, v in kinds(run, "server_timeline").items() if k != "wait") for run in runs])
+    result["between_ms"] = median([ms - sum(kinds(run, "timeline").values()) + kinds(run, "timeline")["wait"]
+                                   - sum(v for k, v in kinds(run, "server_timeline").items() if k != "wait")
+                                   for run, ms in zip(runs, wall)])
     result["layers"] = [
         {"layer": first["layer"], **{kind: median([run["server_timeline"][i].get(kind, 0.0) for run in runs]) for kind in KINDS}}
         for i, first in enumerate(runs[0]["server_timeline"])]

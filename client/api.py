@@ -9,8 +9,10 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +37,7 @@ from protocol.model import PublicModel
 from protocol.online import online_client
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
-from protocol.timeline import Timeline
+from protocol.timeline import KINDS, Timeline
 from protocol.transport import ACCEPTED_KEY, TIMELINE_KEY, RequestQueue, Security, connect, next_message, translate, unpack_timeline
 from protocol.wire import (
     FRAME_BYTES,
@@ -51,6 +53,8 @@ from protocol.wire import (
 REFILL_PAUSES_S = (1.0, 60.0)
 """How long the refilling waits after a failure: at first, and at most."""
 MAX_LIFETIME_S = 30 * 86_400.0
+SPLIT_FROM = 8
+"""Images from which a batch runs in several streams at once."""
 log = logging.getLogger("relucent.client")
 
 
@@ -84,7 +88,8 @@ class PhaseCost:
     """Time and traffic of one phase, protobuf and gRPC framing included. Bytes as this client saw them.
 
     dealer_to_server_bytes: as the server reported them; preprocessing only. timeline, server_timeline: milliseconds by layer and
-    kind (`protocol.timeline`), online only, if the client was made with `timeline`, and the server allows it.
+    kind (`protocol.timeline`), online only, if the client was made with `timeline`, and the server allows it. streams: parts of the
+    batch that ran at once; bytes and timelines are sums over them.
     """
 
     seconds: float
@@ -95,6 +100,7 @@ class PhaseCost:
     dealer_to_server_bytes: int = 0
     timeline: tuple[dict[str, Any], ...] = ()
     server_timeline: tuple[dict[str, Any], ...] = ()
+    streams: int = 1
 
 
 def list_models(server: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None, key: Path | None = None,
@@ -133,14 +139,18 @@ class Client:
         stock: folder in which prepared material outlives this client; None keeps it in memory. stock_key: file of the key that encrypts
             it; None for `default_stock_key`.
         timeout_s: deadline of every call. timeline: record where the time of the online phase goes.
+        streams: parts of a batch of 8 images or more that run at once: while one waits for its peer or the link, another computes.
 
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
     """
 
     def __init__(self, server: str, dealer: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None,
                  key: Path | None = None, insecure: bool = False, model: str = "", cache: Path | None = None,
-                 stock: Path | None = None, stock_key: Path | None = None, timeout_s: float = 300.0, timeline: bool = False) -> None:
-        self._timeout_s, self._model_name, self._timed = timeout_s, model, timeline
+                 stock: Path | None = None, stock_key: Path | None = None, timeout_s: float = 300.0, timeline: bool = False,
+                 streams: int = 2) -> None:
+        if streams < 1:
+            raise InputError(f"streams must be at least 1, got {streams}")
+        self._timeout_s, self._model_name, self._timed, self._streams = timeout_s, model, timeline, streams
         # the dealer is shown neither token nor certificate: it needs no more than the proof for each material
         self._channels = [connect(server, Security(ca, certificate, key, token, insecure)),
                           connect(dealer, Security(ca, insecure=insecure))]
@@ -218,14 +228,27 @@ class Client:
 
     def prepared(self, batch: int = 1) -> int:
         """Inferences of this batch size that are ready to run."""
-        return self._stock.count(batch)
+        return min(self._stock.count(size) // count for size, count in Counter(self._parts(batch)).items())
+
+    def _parts(self, batch: int) -> list[int]:
+        """Images of each stream of a batch."""
+        streams = self._streams if batch >= SPLIT_FROM else 1
+        return [batch // streams + (i < batch % streams) for i in range(streams)]
 
     def preprocess(self, n: int = 1, batch: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
         """Prepare `n` inferences of `batch` images ahead. `progress(done)` is called after each."""
         for done in range(n):
-            with self._preparing:
-                self._put(self._prepare(batch))
+            costs = []
+            for size in self._parts(self._checked(batch)):
+                with self._preparing:
+                    self._put(self._prepare(size))
+                costs.append(self.last_preprocessing)
+            self.last_preprocessing = _together([c for c in costs if c is not None])
             progress(done + 1)
+
+    def _checked(self, batch: int) -> int:
+        """Raises InputError unless the server takes that many images at once."""
+        return self._offer.plan(batch).batch
 
     def keep_ahead(self, n: int, batch: int = 1) -> None:
         """From now on prepare in the background, between predictions, so that `n` inferences of `batch` images are ready.
@@ -234,7 +257,7 @@ class Client:
         """
         if self._refilling is not None:
             raise InputError("this client prepares in the background already", "call keep_ahead once")
-        self._offer.plan(batch)
+        self._checked(batch)
         self._refilling = threading.Thread(target=self._refill, args=(n, batch), daemon=True, name="refill")
         self._refilling.start()
 
@@ -243,11 +266,12 @@ class Client:
         while not self._closed.is_set():
             self._consumed.clear()
             try:
-                while not self._closed.is_set() and self._stock.count(batch) < n:
-                    with self._online:  # not while an image waits for its answer
-                        pass
-                    with self._preparing:
-                        self._put(self._prepare(batch))
+                while not self._closed.is_set() and self.prepared(batch) < n:
+                    for size in self._parts(batch):
+                        with self._online:  # not while an image waits for its answer
+                            pass
+                        with self._preparing:
+                            self._put(self._prepare(size))
                     pause = REFILL_PAUSES_S[0]
                 self._consumed.wait(longest)  # material also expires
             except (RelucentError, ValueError) as error:  # ValueError: the channel was closed
@@ -342,9 +366,8 @@ class Client:
         tensor = torch.as_tensor(images)
         encode_images(tensor[:1], self.model)  # refuse before anything is spent
         results: list[Prediction] = []
-        for part in tensor.split(self.max_batch):
-            logits = self._infer(part, progress)
-            results += [self._prediction(row) for row in logits]
+        for batch in tensor.split(self.max_batch):
+            results += [self._prediction(row) for row in self._infer(batch, progress)]
         return results
 
     def _prediction(self, row: Tensor) -> Prediction:
@@ -354,26 +377,58 @@ class Client:
         return Prediction(index, self.model.classes[index] if self.model.classes else str(index), tuple(row.tolist()), plausible)
 
     def _infer(self, images: Tensor, progress: Callable[[str], None]) -> Tensor:
-        plan = self._offer.plan(len(images))
+        self._checked(len(images))
+        parts = images.split(self._parts(len(images)))
         what = f"{len(images)} image{'s' * (len(images) > 1)}"
+        ready: list[tuple[Prepared, bool]] = []
+        costs: list[PhaseCost] = []
+        try:
+            for part in parts:
+                ready.append(self._take(len(part), lambda: progress(f"preprocessing {what}")))
+                if not ready[-1][1] and self.last_preprocessing is not None:
+                    costs.append(self.last_preprocessing)
+        except BaseException:
+            for prepared, _ in ready:
+                prepared.material.destroy()
+            self._discard([(prepared.material.material_id, prepared.secret) for prepared, _ in ready])
+            raise
+        if costs:
+            self.last_preprocessing = _together(costs)
+        progress(f"classifying {what}")
+        started = time.perf_counter()
+        try:
+            with self._online:
+                if len(parts) == 1:
+                    done = [self._run(parts[0], *ready[0])]
+                else:
+                    with ThreadPoolExecutor(len(parts), "stream") as pool:
+                        done = [*pool.map(lambda part, one: self._run(part, *one), parts, ready)]
+        finally:
+            self._consumed.set()
+        self.last_online = replace(_together([cost for _, cost in done]), seconds=time.perf_counter() - started)
+        return torch.cat([logits for logits, _ in done])
+
+    def _take(self, batch: int, tell: Callable[[], None] = lambda: None) -> tuple[Prepared, bool]:
+        """Material for a batch, and whether it was in stock."""
+        prepared = self._stock.take(self._offer.plan(batch))
+        if prepared is not None:
+            return prepared, True
+        tell()
+        with self._preparing:  # what the refilling makes just now may serve
+            prepared = self._stock.take(self._offer.plan(batch))
+            return (prepared, True) if prepared is not None else (self._prepare(batch), False)
+
+    def _run(self, images: Tensor, prepared: Prepared, stocked: bool) -> tuple[Tensor, PhaseCost]:
+        """The online phase; again with other material while the server has lost what was in stock."""
         while True:
-            prepared = self._stock.take(plan)
-            stocked = prepared is not None
-            if prepared is None:
-                progress(f"preprocessing {what}")
-                with self._preparing:  # what the refilling makes just now may serve
-                    prepared = self._stock.take(plan) or self._prepare(len(images))
-            progress(f"classifying {what}")
             try:
-                with self._online:
-                    return self._run_online(images, prepared)
+                return self._run_online(images, prepared)
             except MaterialError:
                 if not stocked:
-                    raise  # else the server has lost what was stocked, and the next one may be good
-            finally:
-                self._consumed.set()
+                    raise
+                prepared, stocked = self._take(len(images))
 
-    def _run_online(self, images: Tensor, prepared: Prepared) -> Tensor:
+    def _run_online(self, images: Tensor, prepared: Prepared) -> tuple[Tensor, PhaseCost]:
         started = time.perf_counter()
         timeline = Timeline(time.perf_counter if self._timed else None)
         x_ring = encode_images(images, self.model)
@@ -398,8 +453,19 @@ class Client:
         finally:
             up.close()
             prepared.material.destroy()
-        seconds = time.perf_counter() - started
         theirs = [v for k, v in replies.trailing_metadata() or () if k == TIMELINE_KEY and isinstance(v, bytes)] if self._timed else []
-        self.last_online = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
-                                     server_timeline=tuple(unpack_timeline(theirs[0])) if theirs else ())
-        return ring.decode(result, plan.output_scale)
+        cost = PhaseCost(time.perf_counter() - started, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
+                         server_timeline=tuple(unpack_timeline(theirs[0])) if theirs else ())
+        return ring.decode(result, plan.output_scale), cost
+
+
+def _together(costs: list[PhaseCost]) -> PhaseCost:
+    """The cost of several streams: sums, but for the rounds, which they go through at once."""
+
+    def layers(timelines: list[tuple[dict[str, Any], ...]]) -> tuple[dict[str, Any], ...]:
+        return tuple({"layer": same[0]["layer"], **{kind: sum(layer.get(kind, 0.0) for layer in same) for kind in KINDS}}
+                     for same in zip(*timelines))
+
+    names = ("seconds", "bytes_up", "bytes_down", "dealer_bytes", "dealer_to_server_bytes", "streams")
+    return PhaseCost(**{name: sum(getattr(c, name) for c in costs) for name in names}, rounds=max(c.rounds for c in costs),
+                     timeline=layers([c.timeline for c in costs]), server_timeline=layers([c.server_timeline for c in costs]))

@@ -241,9 +241,13 @@ def unpack_timeline(data: bytes) -> list[dict[str, Any]]:
         layers = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
         raise ProtocolViolation("the server sent an unreadable timeline") from error
-    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) and _is_layer(layer) for layer in layers):
         raise ProtocolViolation("the server sent an unreadable timeline")
     return layers
+
+
+def _is_layer(layer: dict[str, Any]) -> bool:
+    return isinstance(layer.get("layer"), str) and all(type(value) in (int, float) for key, value in layer.items() if key != "layer")
 
 
 class RequestQueue(Generic[Outgoing]):

@@ -48,8 +48,8 @@ class Services:
     inference_server: grpc.Server
     cache: Path
 
-    def client(self, **options: float) -> Client:
-        return Client(self.server_address, self.dealer_address, insecure=True, cache=self.cache, timeout_s=options.get("timeout_s", 30))
+    def client(self, timeout_s: float = 30.0, **options: Any) -> Client:
+        return Client(self.server_address, self.dealer_address, insecure=True, cache=self.cache, timeout_s=timeout_s, **options)
 
     def materials(self) -> int:
         """Prepared or in preparation."""

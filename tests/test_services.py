@@ -54,6 +54,27 @@ def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None
             client.preprocess(1, batch=4)
 
 
+@pytest.mark.parametrize(("streams", "count", "parts"), [(2, 9, [5, 4]), (3, 8, [3, 3, 2]), (2, 7, [7]), (1, 9, [9])])
+def test_large_batches_run_in_streams(streams: int, count: int, parts: list[int], serve: Serve, mixed_model: Model) -> None:
+    services = serve(mixed_model)
+    pixels = PIXELS.repeat(3, 1, 1, 1)[:count]
+    with services.client(streams=streams) as client:
+        assert client._parts(count) == parts
+        client.preprocess(1, count)
+        assert (client.prepared(count), client._stock.count(parts[0])) == (1, parts.count(parts[0]))
+        agrees(client, mixed_model, pixels)
+        assert client.prepared(count) == 0
+        assert client.last_online is not None
+        whole = client._offer.plan(count)
+        assert (client.last_online.streams, client.last_online.rounds) == (len(parts), whole.rounds)
+        assert whole.online_bytes_up < client.last_online.bytes_up < whole.online_bytes_up + 40 * len(parts) * whole.rounds
+        agrees(client, mixed_model, pixels)  # preprocesses first
+        services.dealer_server.stop(0).wait()
+        with pytest.raises(PeerError):
+            client.predict(pixels)
+    wait_for(lambda: not services.stock.bytes_used())
+
+
 def test_implausible_results_are_marked(serve: Serve, mixed_model: Model) -> None:
     assert mixed_model.public.largest_logit is not None
     strict = Model(replace(mixed_model.public, largest_logit=1e-6), mixed_model.private)
