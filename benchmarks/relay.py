@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 from protocol.links import LINKS, Link
 
-READ_BYTES = 1 << 14
+READ_BYTES = 1 << 16
+"""Smaller pieces keep a gigabit link's two directions spinning for their moments at the same time."""
 SPIN_S = 150e-6
 """The last part of a wait is spun: sleeping is not that exact."""
 MAX_QUEUED = 4096
@@ -220,6 +221,12 @@ def measure_link(name: str) -> None:
         times = sorted(round_trips(through, 300 if link.rtt_s < 0.01 else 8))
         rate = throughput(through, int(link.bits_per_s / 8 * 0.4))
     print(json.dumps({"rtt_s": times[len(times) // 2], "bits_per_s": rate}))
+
+
+def measure_capacity() -> None:
+    """Print what a relay that neither delays nor paces carries on this machine, as JSON: bits per second."""
+    with echo_server() as address, Relay(address, Link("none", 0.0, 0.0)) as relay:
+        print(json.dumps({"bits_per_s": throughput(relay.address, 50_000_000)}))
 
 
 def own_delay() -> float:

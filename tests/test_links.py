@@ -23,17 +23,23 @@ from tests.site import Site
 
 @pytest.mark.parametrize("name", ["lan", "wan", "mobile"])
 def test_links_are_as_set(name: str) -> None:
-    """The best of some: a busy machine can only make a link slower."""
-    link = LINKS[name]
-    code = f"from benchmarks.relay import measure_link; measure_link({name!r})"  # a process without this one's many threads
-    rtt, rate = float("inf"), 0.0
+    """One good reading of some for each figure: a busy machine can make a link slower, not faster."""
+    link, readings = LINKS[name], []
     for _ in range(10):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-        measured = json.loads(done.stdout)
-        rtt, rate = min(rtt, measured["rtt_s"]), max(rate, measured["bits_per_s"])
-        if rtt == pytest.approx(link.rtt_s, rel=0.05) and rate == pytest.approx(link.bits_per_s, rel=0.05):
+        readings.append(_in_a_process_of_its_own(f"from benchmarks.relay import measure_link; measure_link({name!r})"))
+        if (any(r["rtt_s"] == pytest.approx(link.rtt_s, rel=0.05) for r in readings)
+                and any(r["bits_per_s"] == pytest.approx(link.bits_per_s, rel=0.05) for r in readings)):
             return
-    pytest.fail(f"round trip {1e3 * rtt:.3f} ms, {rate / 1e6:.1f} Mbit/s")
+    capacity = _in_a_process_of_its_own("from benchmarks.relay import measure_capacity; measure_capacity()")["bits_per_s"]
+    if capacity < 1.2 * link.bits_per_s:
+        pytest.skip(f"this machine carries only {capacity / 1e6:.0f} Mbit/s through a relay that does not pace")
+    pytest.fail(str(readings))
+
+
+def _in_a_process_of_its_own(code: str) -> dict[str, float]:
+    """What `code` prints, away from this process's many threads."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def test_time_on_a_link() -> None:
