@@ -216,6 +216,26 @@ def test_snl_raises_lambda_while_the_count_stays() -> None:
     assert count_relus(model) == 100
 
 
+def test_snl_stops_its_search_within_the_budget() -> None:
+    """However many alphas fall at once: the largest stay, as many as the budget allows, and lambda is off from then on."""
+    model = small()
+    stage = Snl(model, 100, SnlOptions())
+    stage.begin(model, None)
+    for gate in stage.gates():
+        gate.data.copy_(torch.rand(gate.shape, generator=torch.Generator().manual_seed(gate.numel())) * 0.009)
+    stage.gates()[0].data.view(-1)[:40] = 0.5
+    largest = torch.cat([gate.detach().flatten() for gate in stage.gates()]).topk(100).indices
+    stage.update(0.5)
+    assert count_relus(model) == 100 and stage.status()["relus"] == 100
+    kept = torch.cat([layer.mask.flatten() == RELU for layer in stage.layers])
+    assert set(kept.nonzero().flatten().tolist()) == set(largest.tolist())
+    assert stage.loss() is None and not any(gate.requires_grad for gate in stage.gates())
+    resumed = Snl(model, 100, SnlOptions())
+    resumed.begin(model, None)
+    resumed.load(stage.state())
+    assert resumed.loss() is None and resumed.status()["relus"] == 100
+
+
 # --- SENet --------------------------------------------------------------------------------------------------------------
 
 ETA = (0.00572, 0.01854, 0.02129, 0.02506, 0.02758, 0.03549, 0.04884, 0.05102, 0.05568, 0.06739, 0.08143, 0.08277, 0.08623, 0.0941,

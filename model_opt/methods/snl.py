@@ -4,7 +4,8 @@ Stage 1: every pixel mixes ReLU and identity, a = alpha relu(z) + (1 - alpha) z,
 lambda grows whenever the number of alphas above a threshold falls too slowly. Stage 2: alphas become 0 or 1, and the rest of the
 run fine-tunes. Published: Adam 1e-3 for weights and alphas, lambda from 1e-5 by 1.1 an epoch for up to 2,000 epochs. Here a run is
 short: SGD trains the weights, Adam at a higher rate the alphas, and lambda grows at every one of `CHECKS` checks while the count lies
-above a geometric path to the budget. What is still above the budget when stage 1 ends keeps the largest alphas.
+above a geometric path to the budget. The search is over, as published, once the count is within the budget; then, and in any case
+when stage 1 ends, the largest alphas stay ReLUs, as many as the budget allows, since under a steep lambda many fall at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from model_opt.activation import IDENTITY
+from model_opt.activation import IDENTITY, RELU
 from model_opt.methods.base import GateStage, Reduced, Task, keep_largest, set_gates, split_epochs
 from model_opt.training import fit
 
@@ -43,7 +44,7 @@ class Snl(GateStage):
 
     def __init__(self, model: nn.Module, budget: int, options: Options) -> None:
         super().__init__(model, budget, granularity=options.granularity, lr=options.alpha_lr, freeze=1.0)
-        self.options, self.penalty, self.checked = options, options.penalty, 0
+        self.options, self.penalty, self.checked, self.found = options, options.penalty, 0, False
         for layer in self.layers:
             layer.replacement = IDENTITY
             layer.freeze()
@@ -52,34 +53,53 @@ class Snl(GateStage):
     def _count(self) -> int:
         return sum(int((gate > self.options.threshold).sum()) for gate in self.gates())
 
-    def loss(self) -> Tensor:
+    def loss(self) -> Tensor | None:
+        if self.found:
+            return None
         return self.penalty * torch.stack([gate.abs().sum() for gate in self.gates()]).sum()
 
     def update(self, progress: float) -> None:
         if int(progress * CHECKS) > self.checked:
             self.checked = int(progress * CHECKS)
-            path = self.total * (max(self.budget, 1) / self.total) ** progress
-            if self._count() > path:
+            count = self._count()
+            if count <= self.budget:
+                self.binarise()
+                return
+            if count > self.total * (max(self.budget, 1) / self.total) ** progress:
                 self.penalty *= self.options.growth
         if progress >= 1:
             self.binarise()
 
     @torch.no_grad()
     def binarise(self) -> None:
-        """Keep the largest alphas, at most as many as the budget."""
+        """Once: the largest alphas become 1, at most as many as the budget, the others 0."""
+        if self.found:
+            return
         alpha, cost = self.units(self.gates())
         keep, _ = keep_largest(alpha, cost, self.budget)
-        self.apply(keep & (alpha > self.options.threshold))
+        self.apply(keep)
+        self._fix()
+
+    @torch.no_grad()
+    def _fix(self) -> None:
+        self.found = True
+        for layer in self.layers:
+            assert layer.gate is not None
+            layer.gate.copy_((layer.mask == RELU).to(layer.gate.dtype))
+            layer.gate.requires_grad_(False)
+            layer.gate.grad = None
 
     def status(self) -> dict[str, float]:
         return {"relus": self._count(), "penalty": self.penalty}
 
     def state(self) -> dict[str, object]:
-        return {"adam": super().state(), "penalty": self.penalty, "checked": self.checked}
+        return {"adam": super().state(), "penalty": self.penalty, "checked": self.checked, "found": self.found}
 
     def load(self, state: dict[str, object]) -> None:
         super().load(state["adam"])  # type: ignore[arg-type]
         self.penalty, self.checked = float(state["penalty"]), int(state["checked"])  # type: ignore[arg-type,call-overload]
+        if state["found"]:
+            self._fix()
 
 
 def reduce(task: Task, options: Options) -> Reduced:
