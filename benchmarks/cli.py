@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +20,8 @@ from benchmarks.load import measure_load
 from benchmarks.methods import measure_methods
 from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
-from benchmarks.processes import commit, environment
 from benchmarks.report import load_results, make_report
-from benchmarks.sweep import run_sweep
+from benchmarks.sweep import points, run_sweep
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
 from protocol.errors import InputError, StorageError
@@ -141,7 +139,7 @@ def _numbers(text: str, what: str, words: dict[str, int | None] | None = None) -
 
 
 def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
-    result |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": "relucent-bench " + " ".join(sys.argv[1:]), "commit": commit()}
+    result |= {"command": "relucent-bench " + " ".join(sys.argv[1:])}
     _write_json(out, result)
     if as_json:
         print(json.dumps(result))
@@ -165,25 +163,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Also print the JSON.")]
 @exit_on_error("relucent-bench")
 def sweep(
     relus: Annotated[str, typer.Option(help="ReLU counts; 'all' keeps all. The first is the base.")] = "12900,0,1000,6000,50000,100000,all",
-    network: Annotated[str, typer.Option(help="Architecture.")] = "resnet18",
+    networks: Annotated[str, typer.Option(help="Architectures; the first is the base, the others have their standard width.")] =
+    "resnet18,resnet34",
+    squares: Annotated[str, typer.Option(help="Percent of the pixels without a ReLU that square; the first is the base.")] = "100,50,10",
     widths: Annotated[str, typer.Option(help="Channels of the first stage; the first is the base.")] = "64,32,16",
     batches: Annotated[str, typer.Option(help="Images in one inference; the first is the base.")] = "1,8,32",
     links: Annotated[str, typer.Option(help="loopback, lan, wan, mobile; the first is the base.")] = "loopback,lan,wan,mobile",
-    runs: Annotated[int, typer.Option(help="Measured runs of each; one more warms up.", min=1)] = 7,
+    runs: Annotated[int, typer.Option(help="Measured runs of each, fewer on slow links; one more warms up.", min=1)] = 7,
     out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "sweep.json",
     as_json: AsJson = False,
 ) -> None:
-    """Vary ReLUs (on every link), width and batch around one network; fit what a ReLU costs."""
+    """Vary ReLUs (on every link), squares, network, width and batch around one base; fit what a ReLU and a square cost."""
     names = links.split(",")
     if unknown := [n for n in names if n not in LINKS]:
         raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")
     with Status("starting", console=Console(stderr=True)) as status:
         try:
-            result = run_sweep(network, [n for n in _numbers(widths, "--widths") if n], _numbers(relus, "--relus", {"all": None}),
-                               [n for n in _numbers(batches, "--batches") if n], names, runs, status.update)
+            shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
+            result = run_sweep(points(networks.split(","), [n for n in _numbers(widths, "--widths") if n],
+                                      _numbers(relus, "--relus", {"all": None}), shares,
+                                      [n for n in _numbers(batches, "--batches") if n], names), runs, status.update)
         except ValueError as error:
             raise InputError(str(error)) from error
-    _store(result | environment(), out, as_json)
+    _store(result, out, as_json)
 
 
 @app.command()
@@ -193,14 +195,15 @@ def peers(
     width: Annotated[int, typer.Option(help="Width of the random ResNet-18.")] = 64,
     relus: Annotated[int, typer.Option(help="Its ReLUs; squares elsewhere.", min=0)] = 12900,
     model: Annotated[Path | None, typer.Option(help="Compiled model instead.")] = None,
-    runs: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    runs: Annotated[int, typer.Option(help="Measured runs of each; one more warms up.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "peers.json",
     as_json: AsJson = False,
 ) -> None:
     """Ours beside other engines, one after another on this machine; each is installed into an environment of its own."""
     with Status("making the network", console=Console(stderr=True)) as status:
         loaded = load(model) if model is not None else random_model("resnet18", width, relus)
-        result = run_side_by_side(loaded, names.split(","), runs, status.update)
+        network = ("resnet18", width) if model is None else (model.stem, 0)
+        result = run_side_by_side(loaded, *network, names.split(","), runs, status.update)
     _store(result, out, as_json)
 
 
@@ -245,9 +248,10 @@ def report(
     results: Annotated[Path, typer.Option(help="Folder of stored results.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Folder for report.html and the plots.")] = RESULTS / "report",
     readme: Annotated[Path | None, typer.Option(help="Also put the tables between the marks of this file.")] = None,
+    guide: Annotated[Path | None, typer.Option(help="Also put the table of many clients between the marks of this file.")] = None,
 ) -> None:
-    """Turn stored results into one HTML page, PNG plots, and the README's tables."""
-    for path in make_report(results, out, readme):
+    """Turn stored results into one HTML page, PNG plots, and tables in the README and the operator's guide."""
+    for path in make_report(results, out, readme, guide):
         print(f"wrote {path}")
 
 

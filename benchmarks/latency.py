@@ -62,29 +62,41 @@ def measure_plaintext(model: Model, images: np.ndarray[Any, Any], runs: int) -> 
 
 
 def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the time went, over runs: median milliseconds by kind for each party, by layer at the server, and what is not covered."""
+    """Where the time went, over runs: median milliseconds of one stream by kind for each party, and by layer at the server.
 
-    def kinds(run: dict[str, Any], party: str) -> dict[str, float]:
-        return {kind: sum(layer.get(kind, 0.0) for layer in run[party]) for kind in KINDS}
+    Both parties' laps of a layer share its name, and the server's waiting in it splits: "client" is what the client worked meanwhile, at
+    most the whole wait; "link" is the rest, that is gRPC, serialisation and the way. "coverage" is a party's sum over the wall time that
+    the client measured.
+    """
 
     def median(values: list[float]) -> float:
         return round(statistics.median(values), 3)
 
-    parties = {"client": "timeline", "server": "server_timeline"}
-    result: dict[str, Any] = {name: {kind: median([kinds(run, key)[kind] for run in runs]) for kind in KINDS}
-                              for name, key in parties.items()}
-    # streams that run at once have a timeline each, of which these are the sums
-    wall = [1e3 * run["seconds"] * run["streams"] for run in runs]
-    result["coverage"] = {name: round(statistics.median([sum(kinds(run, key).values()) / ms for run, ms in zip(runs, wall)]), 4)
-                          for name, key in parties.items()}
-    # while the client waits, the server works or the bytes travel: what neither party's work explains
-    result["between_ms"] = median([ms - sum(kinds(run, "timeline").values()) + kinds(run, "timeline")["wait"]
-                                   - sum(v for k, v in kinds(run, "server_timeline").items() if k != "wait")
-                                   for run, ms in zip(runs, wall)])
-    result["layers"] = [
-        {"layer": first["layer"], **{kind: median([run["server_timeline"][i].get(kind, 0.0) for run in runs]) for kind in KINDS}}
-        for i, first in enumerate(runs[0]["server_timeline"])]
-    return result
+    kinds = [kind for kind in KINDS if kind != "wait"]
+    split = [[_split_layer(mine, theirs, run["streams"]) for mine, theirs in zip(run["timeline"], run["server_timeline"], strict=True)]
+             for run in runs]
+    server = {kind: median([sum(layer[kind] for layer in layers) for layers in split]) for kind in (*kinds, "client", "link")}
+    client = {kind: median([sum(layer.get(kind, 0.0) for layer in run["timeline"]) / run["streams"] for run in runs]) for kind in KINDS}
+    coverage = {name: round(statistics.median(
+        [sum(layer.get(kind, 0.0) for layer in run[key] for kind in KINDS) / (1e3 * run["seconds"] * run["streams"]) for run in runs]), 4)
+        for name, key in (("client", "timeline"), ("server", "server_timeline"))}
+    layers = [{"layer": runs[0]["server_timeline"][i]["layer"], **{kind: median([layers[i][kind] for layers in split]) for kind in server}}
+              for i in range(len(split[0]))]
+    return {"client": client, "server": server, "coverage": coverage, "layers": layers}
+
+
+def _split_layer(client: dict[str, Any], server: dict[str, Any], streams: int) -> dict[str, float]:
+    if client["layer"] != server["layer"]:
+        raise PeerError("the two parties' timelines do not fit")
+    worked = sum(ms for kind, ms in client.items() if kind not in ("layer", "wait", "setup"))
+    wait = server.get("wait", 0.0)
+    parts = {kind: server.get(kind, 0.0) for kind in KINDS if kind != "wait"} | {"client": min(wait, worked)}
+    return {kind: ms / streams for kind, ms in (parts | {"link": wait - parts["client"]}).items()}
+
+
+def random_images(*shape: int) -> np.ndarray[Any, Any]:
+    """Noise, uint8."""
+    return np.frombuffer(bytearray(os.urandom(int(np.prod(shape)))), dtype=np.uint8).reshape(shape)
 
 
 def measure(model: Model, network: str, width: int, *, batch: int, runs: int, crypten: bool, say: Say,
@@ -93,9 +105,9 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
 
     link: between the client and the other two; server and dealer are next to each other.
     """
+    facts = environment()
     if images is None:
-        shape = (min(runs, 8), batch, *model.public.input_shape)
-        images = np.frombuffer(bytearray(os.urandom(int(np.prod(shape)))), dtype=np.uint8).reshape(shape)
+        images = random_images(min(runs, 8), batch, *model.public.input_shape)
     plan = make_plan(model.public, batch)
     with tempfile.TemporaryDirectory() as folder:
         path, image_path = Path(folder) / "model.safetensors", Path(folder) / "images.npy"
@@ -121,35 +133,41 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
             if "skipped" in baseline:
                 raise PeerError(f"CrypTen failed: {baseline['skipped']}")
     say("comparing results")
-    errors, hits, total = [], 0, 0
+    errors, hits, compared = [], 0, 0
     for index in range(min(len(images), runs + 1)):
         x = normalise_images(torch.from_numpy(images[index]), model.public)
         logits = torch.tensor(private["logits"][index], dtype=torch.float64)
         errors.append(float((simulate(model, x) - logits).abs().max()))
         with torch.inference_mode():
             hits += int((Plaintext(model)(x.float()).argmax(1) == logits.argmax(1)).sum())
-        total += len(x)
+        compared += len(x)
     bound = rounding_bound(model, normalise_images(torch.from_numpy(images[0]), model.public))
     online = [r["seconds"] for r in private["online"][1:]]
     preprocessing = [r["seconds"] for r in private["preprocessing"][1:]]
     last_online, last_pre = private["online"][-1], private["preprocessing"][-1]
+    total = [before + after for before, after in zip(preprocessing, online)]
     result: dict[str, Any] = {
-        "network": network, "width": width, "relus": plan.model.relus, "activations": sum(s.active for s in plan.activations) // batch,
-        "activation_layers": len(plan.activations), "batch": batch, "runs": runs,
+        "network": network, "width": width, "relus": plan.model.relus, "squares": sum(s.squares for s in plan.activations) // batch,
+        "activations": sum(s.active for s in plan.activations) // batch, "activation_layers": len(plan.activations),
+        "batch": batch, "runs": runs,
         "fixed_point": plan.model.describe()["fixed_point"],
         "plaintext_ms": _median_ms(plaintext), "plaintext_ms_spread": _spread_ms(plaintext),
         "online_ms": _median_ms(online), "online_ms_spread": _spread_ms(online),
         "preprocessing_ms": _median_ms(preprocessing), "preprocessing_ms_spread": _spread_ms(preprocessing),
+        "total_ms": _median_ms(total), "total_ms_spread": _spread_ms(total),
+        "setup_ms": round(1e3 * private["setup"]["seconds"], 1), "setup_bytes": private["setup"]["tcp_bytes"],
         "crypten_ms": None, "crypten_ms_spread": None, "crypten_bytes": None, "crypten_rounds": None,
         "online_bytes_up": last_online["bytes_up"], "online_bytes_down": last_online["bytes_down"],
         "online_payload_bytes": plan.online_bytes_up + plan.online_bytes_down,
         "preprocessing_bytes": {"client_to_server": last_pre["bytes_up"], "server_to_client": last_pre["bytes_down"],
                                 "dealer_to_client": last_pre["dealer_bytes"], "dealer_to_server": last_pre["dealer_to_server_bytes"]},
-        "link": link.name,
+        "online_tcp_bytes": last_online["tcp_bytes"],
+        "preprocessing_tcp_bytes": last_pre["tcp_bytes"] + last_pre["dealer_to_server_bytes"],
+        "link": link.name, "streams": last_online["streams"],
         "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"] + last_online["bytes_down"]), 2),
         "timeline": timelines(private["online"][1:]),
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,
-        "agreement": hits / total, "peak_rss_mb": memory, **environment(),
+        "agreement": hits / compared, "peak_rss_mb": memory, **facts,
     }
     if baseline is not None:
         times = [ms / 1e3 for ms in baseline["online_ms"]]
@@ -162,30 +180,33 @@ LABELS = {"spu-semi2k": "SPU 0.9.5 SEMI2K", "spu-aby3": "SPU 0.9.5 ABY3", "spu-c
           "tenseal": "TenSEAL CKKS (another, small network)", "crypten-tfp": "CrypTen 0.4.1 TFP", "crypten-ttp": "CrypTen 0.4.1 TTP"}
 
 
-def run_side_by_side(model: Model, names: list[str], runs: int, say: Say) -> dict[str, Any]:
-    """Ours, plaintext PyTorch and each peer on the same network and image, one after another: "rows" of medians in ms and bytes."""
-    ours = measure(model, "network", 0, batch=1, runs=max(runs, 5), crypten=False, say=say)
+def run_side_by_side(model: Model, network: str, width: int, names: list[str], runs: int, say: Say) -> dict[str, Any]:
+    """Ours, plaintext PyTorch and each peer on the same network and images, one after another: "rows" of medians in ms and bytes.
+
+    Bytes are what the kernel counted on the parties' sockets; ours and the peers' first inference warms up.
+    """
+    images = random_images(min(runs, 8), 1, *model.public.input_shape)
+    ours = measure(model, network, width, batch=1, runs=runs, crypten=False, say=say, images=images)
     rows: list[dict[str, Any]] = [
-        {"name": "plaintext", "label": "plaintext PyTorch float32", "online_ms": ours["plaintext_ms"], "bytes": None, "hides_image": False},
-        {"name": "relucent", "label": f"Relucent, {ours['relus']:,} ReLUs", "online_ms": ours["online_ms"],
-         "online_ms_spread": ours["online_ms_spread"], "preprocessing_ms": ours["preprocessing_ms"],
-         "bytes": ours["online_bytes_up"] + ours["online_bytes_down"], "preprocessing_bytes": sum(ours["preprocessing_bytes"].values()),
-         "rounds": ours["rounds"], "hides_image": True, "runs": ours["runs"]}]
-    shape = model.public.input_shape
-    image = torch.from_numpy(np.frombuffer(bytearray(os.urandom(int(np.prod(shape)))), np.uint8).reshape(1, *shape))
+        {"name": "plaintext", "label": "plaintext PyTorch float32", "online_ms": ours["plaintext_ms"],
+         "online_ms_spread": ours["plaintext_ms_spread"], "total_ms": ours["plaintext_ms"], "hides_image": False, "runs": runs},
+        {"name": "relucent", "label": f"Relucent, {ours['relus']:,} ReLUs", "hides_image": True,
+         "bytes": ours["online_tcp_bytes"], "total_bytes": ours["online_tcp_bytes"] + ours["preprocessing_tcp_bytes"]} |
+        {key: ours[key] for key in ("online_ms", "online_ms_spread", "preprocessing_ms", "total_ms", "setup_ms", "setup_bytes", "rounds",
+                                    "runs", "max_abs_error", "agreement", "load_average")}]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save(model, path)
-        for result in run_peers(path, image, names, runs, say=say):
+        for result in run_peers(path, torch.from_numpy(images[:, 0].copy()), names, runs, say=say):
             label = LABELS[result["name"]]
             if "skipped" in result:
                 rows.append({"name": result["name"], "label": label, "skipped": result["skipped"]})
                 continue
-            before = result.get("preprocessing_ms")
-            rows.append({"name": result["name"], "label": label, "online_ms": round(statistics.median(result["online_ms"]), 1),
-                         "online_ms_spread": [min(result["online_ms"]), max(result["online_ms"])],
-                         "preprocessing_ms": round(statistics.median(before), 1) if before else None, "bytes": result["bytes"],
-                         "rounds": result.get("rounds"), "hides_image": result["hides_image_from_server"], "runs": result["runs"],
-                         "max_abs_error": result["max_abs_error"], "agreement": result["agreement"], "notes": result["notes"],
-                         "versions": result["versions"]})
-    return {"relus": ours["relus"], "rows": rows, **environment()}
+            online = round(statistics.median(result["online_ms"]), 1)  # peers make their correlated randomness within it
+            rows.append({"name": result["name"], "label": label, "online_ms": online, "total_ms": online,
+                         "online_ms_spread": [round(min(result["online_ms"]), 1), round(max(result["online_ms"]), 1)],
+                         "total_bytes": result["bytes"], "hides_image": result["hides_image_from_server"],
+                         "same_network": result["name"] != "tenseal"} |
+                        {key: result.get(key) for key in ("bytes", "setup_ms", "setup_bytes", "rounds", "runs", "max_abs_error",
+                                                          "agreement", "notes", "versions")})
+    return {key: ours[key] for key in ("network", "width", "relus", "versions", "cpu", "load_average", "commit", "date")} | {"rows": rows}

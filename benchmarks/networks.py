@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model_opt.activation import RELU, SQUARE, partial_activations, replace_relus
+from model_opt.activation import IDENTITY, RELU, SQUARE, partial_activations, replace_relus
 from model_opt.compiler import compile_model
 from model_opt.methods import check_budget
 from model_opt.networks import build
@@ -15,8 +15,10 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 @torch.no_grad()
-def random_model(network: str, width: int, relus: int | None, seed: int = 0) -> Model:
-    """A compiled random network with exactly `relus` ReLUs at random pixels and squares elsewhere; None keeps all. 8-bit weights.
+def random_model(network: str, width: int, relus: int | None, squares: float = 1.0, seed: int = 0) -> Model:
+    """A compiled random network with exactly `relus` ReLUs at random pixels; None keeps all. 8-bit weights.
+
+    squares: share of the other pixels that square; the rest pass unchanged.
 
     BatchNorm statistics and polynomials are fitted layer by layer on noise, so that values stay in range. Raises
     BudgetError, ValueError.
@@ -34,10 +36,12 @@ def random_model(network: str, width: int, relus: int | None, seed: int = 0) -> 
     total = sum(layer.mask.numel() for layer in layers.values())
     if relus is not None:
         check_budget(relus, total)
-        keep = torch.zeros(total, dtype=torch.bool)
-        keep[torch.randperm(total)[:relus]] = True
-        for layer, part in zip(layers.values(), keep.split([layer.mask.numel() for layer in layers.values()])):
-            layer.mask.copy_(torch.where(part.view(layer.mask.shape), RELU, SQUARE))
+        order = torch.randperm(total)
+        masks = torch.full((total,), IDENTITY, dtype=torch.uint8)
+        masks[order[:relus]] = RELU
+        masks[order[relus : relus + round(squares * (total - relus))]] = SQUARE
+        for layer, part in zip(layers.values(), masks.split([layer.mask.numel() for layer in layers.values()])):
+            layer.mask.copy_(part.view(layer.mask.shape))
 
         def fit_then_run(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             z = args[0].transpose(0, 1).flatten(1)
@@ -47,6 +51,6 @@ def random_model(network: str, width: int, relus: int | None, seed: int = 0) -> 
         model(images)
         for hook in hooks:
             hook.remove()
-    name = f"{network}-w{width}-random-{'all' if relus is None else relus}"
+    name = f"{network}-w{width}-random-{'all' if relus is None else relus}{'' if squares == 1 else f'-squares-{squares}'}"
     return compile_model(model, images[:32], name=name, classes=tuple(f"class{i}" for i in range(10)), mean=MEAN, std=STD,
                          eight_bits=True)

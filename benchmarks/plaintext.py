@@ -29,7 +29,9 @@ class Plaintext:
                 layer = model.public.activation(node.name)
                 c2 = layer.c2_of_pixels(torch.arange(layer.mask.numel()))
                 c2 = c2.to(dtype).view(layer.mask.shape) if isinstance(c2, Tensor) else c2
-                self._layers[node.name] = (layer, layer.mask == RELU, layer.mask == SQUARE, c2)
+                relu, square = layer.mask == RELU, layer.mask == SQUARE
+                kinds = (bool(relu.any()), bool(square.any()), bool((relu | square).all()))
+                self._layers[node.name] = (relu, square, kinds, c2)
 
     def __call__(self, x: Tensor, truncated: Truncation = lambda t: t) -> Tensor:
         """Logits of normalised images. `truncated` is applied to every value that the protocol truncates."""
@@ -57,15 +59,18 @@ class Plaintext:
         return values[self._public.output]
 
     def _activation(self, name: str, z: Tensor, truncated: Truncation) -> Tensor:
-        layer, relu, square, c2 = self._layers[name]
-        view = (-1,) + (1,) * (layer.mask.dim() - 1)
-        c1, c0 = (self._tensors[f"{name}.{k}"].view(view) for k in ("c1", "c0"))
-        out = truncated(torch.addcmul(c0, z, c1 + c2 * z))
-        if not layer.all_square:
-            out = torch.where(relu, z.clamp_min(0), out)
-            if not bool((relu | square).all()):
-                out = torch.where(relu | square, out, z)
-        return out
+        relu, square, (any_relu, any_square, all_active), c2 = self._layers[name]
+        out = z
+        if any_square:
+            view = (-1,) + (1,) * (relu.dim() - 1)
+            c1, c0 = (self._tensors[f"{name}.{k}"].view(view) for k in ("c1", "c0"))
+            out = truncated(torch.addcmul(c0, z, c1 + c2 * z))
+        if any_relu:
+            kept = z.clamp_min(0)
+            if not any_square and all_active:
+                return kept
+            out = torch.where(relu, kept, out)
+        return out if all_active or not any_square else torch.where(relu | square, out, z)
 
 
 def rounding_bound(model: Model, x: Tensor) -> float:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,7 +33,15 @@ class Roles:
 
 
 def peak_rss_mb(pid: int) -> float:
-    """Largest resident memory of a process so far, MB. Linux only; 0 elsewhere."""
+    """Largest resident memory so far of a process, and of its children, summed, MB. Linux only; 0 elsewhere."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return round(_peak_rss_mb(pid) + sum(_peak_rss_mb(int(child)) for child in children), 1)
+    except OSError:
+        return _peak_rss_mb(pid)
+
+
+def _peak_rss_mb(pid: int) -> float:
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -133,7 +142,7 @@ def commit() -> str:
 
 
 def environment() -> dict[str, object]:
-    """Versions and machine, to store with every figure."""
+    """Versions, machine, commit and date, to store with every figure; call it first, so that the load is not the measurement's own."""
     names = ("torch", "crypten", "numpy", "grpcio", "protobuf", "cryptography")
     cpu = platform.processor() or platform.machine()
     try:
@@ -144,4 +153,5 @@ def environment() -> dict[str, object]:
     except OSError:
         pass
     return {"versions": {"python": platform.python_version(), "relucent": version("relucent")} | {n: version(n) for n in names},
-            "cpu": f"{cpu}, {os.cpu_count()} cores", "load_average": [round(v, 2) for v in os.getloadavg()]}
+            "cpu": f"{cpu}, {os.cpu_count()} cores", "load_average": [round(v, 2) for v in os.getloadavg()],
+            "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}

@@ -17,11 +17,21 @@ import numpy as np
 
 from model_opt.show import draw_pareto
 from protocol.errors import InputError
-from protocol.timeline import KINDS
 
-COLOURS = dict(zip(KINDS, ("#a0785a", "#2e86ab", "#8fb996", "#f2b134", "#d1495b", "#7d5ba6", "#d9d9d9")))
+PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear maps", "#2e86ab"),
+         "elementwise": ("truncation, masks, copies", "#8fb996"), "squares": ("squares", "#f2b134"),
+         "comparison": ("comparison (DCF)", "#d1495b"), "send": ("handing over", "#7d5ba6"), "client": ("the client's work", "#444444"),
+         "serialisation": ("serialisation, both ways", "#c9a0dc"), "link": ("gRPC and the link", "#d9d9d9")}
+"""Of the server's timeline: what a reader calls them, and their colours."""
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
-README_START, README_END = "<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->"
+README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
+GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
+CAPTIONS = {"growth": "Medians; bars from the smallest to the largest run.",
+            "time": "The server's timeline; its waiting is split into what the client computed meanwhile and the rest.",
+            "peers": "Logarithmic. Ours: the dark part is online. The peers make their correlated randomness while they infer.",
+            "load": "Every client prepares one inference and uses it, again and again.",
+            "methods": "Ours are networks trained here; the marks are results that others published on larger networks.",
+            "accuracy": "Accuracy on all test images against private online latency on loopback."}
 Row = dict[str, Any]
 
 
@@ -38,83 +48,111 @@ def load_results(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def plot_growth(rows: Sequence[Row], path: Path) -> None:
-    """Online latency and preprocessing traffic against ReLUs, a line for each link."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    """Online and whole latency and traffic against ReLUs, a line for each link."""
+    figure, (online, whole, traffic) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     base = rows[0]
-    for link in dict.fromkeys(r["link"] for r in rows):
-        chosen = sorted((r for r in rows if r["link"] == link and (r["width"], r["batch"]) == (base["width"], base["batch"])),
-                        key=lambda r: r["relus"])
+    alike = [r for r in rows if all(r[key] == base[key] for key in ("network", "width", "batch")) and _full(r, base)]
+    for link in dict.fromkeys(r["link"] for r in alike):
+        chosen = sorted((r for r in alike if r["link"] == link), key=lambda r: r["relus"])
         x = [max(r["relus"], 100) for r in chosen]
-        low = [r["online_ms"] - r["online_ms_spread"][0] for r in chosen]
-        high = [r["online_ms_spread"][1] - r["online_ms"] for r in chosen]
-        left.errorbar(x, [r["online_ms"] for r in chosen], [low, high], fmt="o-", capsize=2, label=link, color=LINK_COLOURS.get(link))
+        for axis, key in ((online, "online_ms"), (whole, "total_ms")):
+            low = [r[key] - r[f"{key}_spread"][0] for r in chosen]
+            high = [r[f"{key}_spread"][1] - r[key] for r in chosen]
+            axis.errorbar(x, [r[key] for r in chosen], [low, high], fmt="o-", capsize=2, label=link, color=LINK_COLOURS.get(link))
         if link == base["link"]:
-            right.plot(x, [sum(r["preprocessing_bytes"].values()) / 1e6 for r in chosen], "o-", color="#d1495b", label="preprocessing")
-            right.plot(x, [(r["online_bytes_up"] + r["online_bytes_down"]) / 1e6 for r in chosen], "s-", color="#2e86ab", label="online")
-    left.axhline(base["plaintext_ms"], color="grey", ls="--", lw=1, label="plaintext PyTorch")
-    left.set(xscale="log", yscale="log", xlabel="ReLUs per image (0 drawn at 100)", ylabel="online latency, ms",
-             title=f"{base['network']} width {base['width']}, batch {base['batch']}")
-    right.set(xscale="log", yscale="log", xlabel="ReLUs per image (0 drawn at 100)", ylabel="traffic, MB", title="traffic of one inference")
-    for axis in (left, right):
+            traffic.plot(x, [sum(r["preprocessing_bytes"].values()) / 1e6 for r in chosen], "o-", color="#d1495b", label="preprocessing")
+            traffic.plot(x, [(r["online_bytes_up"] + r["online_bytes_down"]) / 1e6 for r in chosen], "s-", color="#2e86ab", label="online")
+    online.axhline(base["plaintext_ms"], color="grey", ls="--", lw=1, label="plaintext PyTorch")
+    online.set(ylabel="ms", title="online: what a user waits for with material in stock")
+    whole.set(ylabel="ms", title="preprocessing and online, one after the other")
+    traffic.set(ylabel="MB", title="traffic of one inference")
+    for axis in (online, whole, traffic):
+        axis.set(xscale="log", yscale="log", xlabel="ReLUs per image, squares elsewhere (0 drawn at 100)")
         axis.grid(True, which="both", alpha=0.25)
         axis.legend(fontsize=8)
+    figure.suptitle(f"{base['network']} of width {base['width']}, batch {base['batch']}")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _full(row: Row, base: Row) -> bool:
+    """Whether no pixel passes unchanged."""
+    return bool(row["relus"] + row["squares"] == base["relus"] + base["squares"])
 
 
 def plot_time(rows: Sequence[Row], path: Path) -> None:
-    """Stacked bars: where the online time goes, by party and kind; below, the server's time by layer of the first network."""
-    chosen = [r for r in rows if r.get("timeline")][:8]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 8), layout="constrained")
-    places = np.arange(len(chosen))
-    base = np.zeros(len(chosen))
-    parts = {f"server: {kind}": ([r["timeline"]["server"][kind] for r in chosen], COLOURS[kind]) for kind in KINDS if kind != "wait"}
-    parts["client"] = ([sum(v for k, v in r["timeline"]["client"].items() if k != "wait") for r in chosen], "#444444")
-    for name, (values, colour) in parts.items():
-        heights = 100 * np.array(values) / np.array([r["online_ms"] for r in chosen])
-        top.bar(places, heights, bottom=base, label=name, color=colour, width=0.7)
-        base += heights
-    rest = np.maximum(100 - base, 0)
-    top.bar(places, rest, bottom=base, label="on the way, and gRPC", color=COLOURS["wait"], width=0.7)
-    labels = [f"{r['relus']:,}\nw{r['width']} b{r['batch']}\n{r['link']}\n{r['online_ms']:.0f} ms" for r in chosen]
-    top.set_xticks(places, labels, fontsize=8)
-    top.set(ylabel="share of the online time, %", title="where the online time goes (client and server overlap: bars may pass 100%)")
+    """Stacked bars: where the online time goes, as the server sees it; below, by layer of the base."""
+    base = rows[0]
+    most = max((r for r in rows if r["link"] == base["link"]), key=lambda r: r["relus"])
+    largest = max((r for r in rows if r["link"] == base["link"]), key=lambda r: r["batch"])
+    alike = [r for r in rows if all(r[key] == base[key] for key in ("network", "width", "batch", "squares", "relus"))]
+    none = [r for r in rows if r["relus"] == 0 and r["link"] == base["link"]]
+    chosen = [*none[:1], base, *([most] if most is not base else []), *([largest] if largest is not base else []),
+              *(r for r in alike if r["link"] != base["link"])]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 8.4), layout="constrained")
+    shares = [_shares(r["timeline"]["server"], r["limits"]["serialisation_ms"] / r["streams"]) for r in chosen]
+    _stack(top, [{part: 100 * ms / sum(share.values()) for part, ms in share.items()} for share in shares])
+    labels = [f"{r['relus']:,} ReLUs\nbatch {r['batch']}, {r['link']}\n{r['online_ms']:,.0f} ms" for r in chosen]
+    top.set_xticks(range(len(chosen)), labels, fontsize=8)
+    top.set(ylabel="share of the online time, %", title="where the online time goes", ylim=(0, 100))
+    layers = base["timeline"]["layers"]
+    _stack(bottom, [_shares(layer, 0.0) for layer in layers])
+    bottom.margins(y=0.05)
+    bottom.set_xticks(range(len(layers)), [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
+    bottom.set(ylabel="ms", title=f"layer by layer: {base['relus']:,} ReLUs, batch {base['batch']}, {base['link']}")
     top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    layers = chosen[0]["timeline"]["layers"]
-    at = np.arange(len(layers))
-    base = np.zeros(len(layers))
-    for kind in KINDS:
-        heights = np.array([layer[kind] for layer in layers])
-        bottom.bar(at, heights, bottom=base, label=kind, color=COLOURS[kind], width=0.8)
-        base += heights
-    bottom.set_xticks(at, [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
-    bottom.set(ylabel="ms", title=f"the server, layer by layer: {chosen[0]['relus']:,} ReLUs, {chosen[0]['link']}")
-    bottom.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _shares(timeline: dict[str, float], serialisation_ms: float) -> dict[str, float]:
+    """The parts of a server's timeline in ms. Serialisation, which gRPC does in threads of its own, is measured apart, within "link"."""
+    taken = min(serialisation_ms, timeline["link"])
+    return {part: timeline.get(part, 0.0) for part in PARTS} | {"serialisation": taken, "link": timeline["link"] - taken}
+
+
+def _stack(axis: Any, bars: Sequence[dict[str, float]]) -> None:
+    bottom = np.zeros(len(bars))
+    for part, (label, colour) in PARTS.items():
+        heights = np.array([bar[part] for bar in bars])
+        axis.bar(range(len(bars)), heights, bottom=bottom, label=label, color=colour, width=0.75)
+        bottom += heights
 
 
 def plot_peers(peers: dict[str, Any], path: Path) -> None:
-    """Online latency and traffic of ours beside each peer that ran, log scale, with ratios."""
+    """Latency, preprocessing included, and traffic of ours beside each peer that ran, log scale, with ratios."""
     rows = [r for r in peers["rows"] if "online_ms" in r]
-    names = [r["label"] for r in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.55 * len(rows) + 1.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.6 * len(rows) + 1.8), layout="constrained", sharey=True)
     ours = next(r for r in rows if r["name"] == "relucent")
-    for axis, key, scale, text in ((axes[0], "online_ms", 1.0, "online latency, ms"), (axes[1], "bytes", 1e6, "online traffic, MB")):
+    for axis, key, scale, text in ((axes[0], "total_ms", 1.0, "latency, preprocessing included, ms"),
+                                   (axes[1], "total_bytes", 1e6, "traffic, preprocessing included, MB")):
+        largest = max(row.get(key) or 0 for row in rows) / scale
         for i, row in enumerate(rows):
             if not row.get(key):
                 continue
-            mine = row["name"] == "relucent"
-            axis.barh(i, row[key] / scale, color="#2e86ab" if mine else "#8fb996" if row["hides_image"] else "#d1495b")
-            axis.text(row[key] / scale, i, f" {row[key] / scale:,.0f}" + ("" if mine else f" ({row[key] / ours[key]:.1f}x)"), va="center",
-                      fontsize=8)
-        axis.set(xscale="log", xlabel=text)
-        axis.margins(x=0.45)
-    axes[0].set_yticks(range(len(rows)), names, fontsize=8)
+            axis.barh(i, row[key] / scale, color=_peer_colour(row))
+            if row is ours:
+                online = ours["online_ms" if key == "total_ms" else "bytes"] / scale
+                axis.barh(i, online, color="#17465a")
+                note = f" {row[key] / scale:,.0f} (online {online:,.0f})"
+            else:
+                note = f" {row[key] / scale:,.0f}" + (f" ({row[key] / ours[key]:.1f}x)" if row.get("same_network", True) else "")
+            axis.text(row[key] / scale, i, note, va="center", fontsize=8)
+        axis.set(xscale="log", xlabel=text, xlim=(None, 8 * largest))
+    axes[0].set_yticks(range(len(rows)), [f"{r['label']}, n={r['runs']}" for r in rows], fontsize=8)
     axes[0].invert_yaxis()
-    figure.suptitle("red: does not hide the image from the server", fontsize=9)
+    figure.suptitle(f"{peers['network']} of width {peers['width']}; red: does not hide the image from the server; grey: another network",
+                    fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _peer_colour(row: Row) -> str:
+    if row["name"] == "relucent":
+        return "#2e86ab"
+    if not row.get("same_network", True):
+        return "#bbbbbb"
+    return "#8fb996" if row["hides_image"] else "#d1495b"
 
 
 def plot_load(load: dict[str, Any], path: Path) -> None:
@@ -156,41 +194,107 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def sweep_table(rows: Sequence[Row]) -> list[str]:
+def _named(row: Row) -> str:
+    return str(row["network"]) + (f" w{row['width']}" if row["width"] else "")
+
+
+def _with_spread(row: Row, key: str) -> str:
+    return f"{row[key]:,.0f} ({row[f'{key}_spread'][0]:,.0f}-{row[f'{key}_spread'][1]:,.0f})"
+
+
+def sweep_table(sweep: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each measured network, batch and link."""
     lines = []
-    for r in rows:
-        ideal = max(r["limits"]["linear_ms"], 1e-9) if r.get("limits") else 0
-        lines.append([f"{r['relus']:,}", f"w{r['width']}", str(r["batch"]), r["link"],
-                      f"{r['online_ms']:.0f} ({r['online_ms_spread'][0]:.0f}-{r['online_ms_spread'][1]:.0f})",
-                      f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{r['online_ms'] / ideal:.1f}x" if ideal else "",
-                      f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}", f"{r['preprocessing_ms']:.0f}",
-                      f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", str(r["runs"])])
-    return _table(("ReLUs", "width", "batch", "link", "online ms (min-max)", "of plaintext", "of int64 convolutions", "online MB",
-                   "preprocessing ms", "preprocessing MB", "n"), lines)
+    for r in sweep["rows"]:
+        foretold = f"{r['online_ms'] / r['predicted_ms']:.2f}" if "predicted_ms" in r else ""
+        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]), r["link"], _with_spread(r, "online_ms"),
+                      f"{r['online_ms'] / r['plaintext_ms']:.1f}x", foretold,
+                      f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}", f"{r['preprocessing_ms']:,.0f}",
+                      f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", f"{r['total_ms']:,.0f}",
+                      f"{1e3 * r['batch'] / r['online_ms']:.1f}", str(r["runs"])])
+    table = _table(("ReLUs", "squares", "network", "batch", "link", "online ms (min-max)", "of plaintext", "of foretold", "online MB",
+                    "preprocessing ms", "preprocessing MB", "total ms", "images/s online", "n"), lines)
+    links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s" for name, m in sweep.get("links", {}).items()]
+    notes = ["", "Foretold: rounds x RTT + bytes / bandwidth + the online time on loopback."]
+    notes += [f"The emulated links as measured: {'; '.join(links)}."] if links else []
+    notes += [f"Left out: {'; '.join(sweep['left_out'])}."] if sweep.get("left_out") else []
+    return table + notes
+
+
+def fits_table(sweep: dict[str, Any]) -> list[str]:
+    """Markdown lines: what one more ReLU, or square, costs."""
+    lines = []
+    for name, fit in sweep["fits"].items():
+        worst = max(fit[key]["residual"] for key in ("online_us", "preprocessing_us"))
+        lines.append([name, f"{fit['from']:,}-{fit['to']:,} ({fit['points']})", f"{fit['online_us']['slope']:.2f}",
+                      f"{fit['online_bytes']['slope']:.1f}", f"{fit['preprocessing_us']['slope']:.2f}",
+                      f"{fit['preprocessing_bytes']['slope']:.0f}", f"{worst:.0%}"])
+    return _table(("one more", "range (points)", "online us", "online bytes", "preprocessing us", "preprocessing bytes",
+                   "largest distance of a time from its line"), lines)
+
+
+def limits_table(sweep: dict[str, Any]) -> list[str]:
+    """Markdown lines: what the work needs at least, each alone, beside what it takes."""
+    lines = []
+    for r in sweep["rows"]:
+        limit = r["limits"]
+        floor = limit["linear_ms"] + limit["aes_ms"] + r["on_link_ms"]
+        lines.append([f"{r['relus']:,}", _named(r), str(r["batch"]), r["link"], f"{r['plaintext_ms']:.1f}", f"{limit['int64_ms']:.1f}",
+                      f"{limit['linear_ms']:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
+                      f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x"])
+    return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms",
+                   "AES of one party ms", "serialisation ms", "bytes / bandwidth ms", "with rounds x RTT ms", "online ms",
+                   "of our convolutions + AES + link"), lines)
+
+
+def targets_table(sweep: dict[str, Any]) -> list[str]:
+    """Markdown lines: what we aimed at on two idle cores with the base network on loopback, and what was measured."""
+    base = sweep["rows"][0]
+    alike = [r for r in sweep["rows"] if all(r[key] == base[key] for key in ("network", "width", "link"))]
+    every = max((r for r in alike if r["batch"] == base["batch"]), key=lambda r: r["relus"])
+    batch = max((r for r in alike if r["relus"] == base["relus"]), key=lambda r: r["batch"])
+    gain = batch["batch"] / batch["online_ms"] / (base["batch"] / base["online_ms"])
+    aims = [(f"online, {base['relus']:,} ReLUs", "at most 8x plaintext", base["online_ms"] / base["plaintext_ms"], "x", 8, True),
+            (f"online, {every['relus']:,} ReLUs", "at most 60x plaintext", every["online_ms"] / every["plaintext_ms"], "x", 60, True),
+            (f"images per second, batch {batch['batch']} against 1", "at least 3x", gain, "x", 3, False),
+            ("material of one dealer", "at least 3 inferences a second", 1e3 / base["limits"]["dealing_ms"], " a second", 3, False),
+            ("preprocessing of one inference", "under 500 ms", base["preprocessing_ms"], " ms", 500, True)]
+    return _table(("what", "aim", "measured", "met"),
+                  [[what, aim, f"{value:.3g}{unit}", "yes" if (value <= limit if below else value >= limit) else "**no**"]
+                   for what, aim, value, unit, limit, below in aims])
 
 
 def peers_table(peers: dict[str, Any]) -> list[str]:
-    """Markdown lines: ours and each peer."""
+    """Markdown lines: ours and each peer. Ratios are of totals: the peers make their correlated randomness online."""
     ours = next(r for r in peers["rows"] if r["name"] == "relucent")
     lines = []
     for r in peers["rows"]:
         if "online_ms" not in r:
-            lines.append([r["label"], "-", "-", "-", "-", "", f"skipped: {r['skipped']}"])
+            lines.append([r["label"], *[""] * 9, f"skipped: {r['skipped']}"])
             continue
-        total = r["online_ms"] + (r.get("preprocessing_ms") or 0)
-        lines.append([r["label"], f"{r['online_ms']:,.0f}", f"{r['online_ms'] / ours['online_ms']:.1f}x", f"{total:,.0f}",
-                      f"{r['bytes'] / 1e6:,.1f}" if r.get("bytes") else "-", "yes" if r["hides_image"] else "**no**",
-                      r.get("notes", "").split(";")[0]])
-    return _table(("engine", "online ms", "of ours", "with preprocessing ms", "online MB", "hides the image", "notes"), lines)
+        same = r.get("same_network", True)
+        megabytes = f"{r['total_bytes'] / 1e6:,.1f}" if r.get("total_bytes") else ""
+        lines.append([r["label"], str(r["runs"]), _with_spread(r, "online_ms"), f"{r['total_ms']:,.0f}",
+                      f"{r['total_ms'] / ours['total_ms']:.1f}x" if same else "",
+                      f"{r['online_ms'] / ours['online_ms']:.1f}x" if same else "",
+                      megabytes, f"{r['total_bytes'] / ours['total_bytes']:.1f}x" if megabytes and same else "",
+                      f"{r['setup_ms'] / 1e3:.1f} s, {r['setup_bytes'] / 1e6:.0f} MB" if r.get("setup_ms") else "",
+                      "yes" if r["hides_image"] else "**no**", (r.get("notes") or "").split(";")[0]])
+    return _table(("engine", "n", "online ms (min-max)", "with preprocessing ms", "of ours", "online against our online",
+                   "MB with preprocessing", "of ours", "once, before", "hides the image", "notes"), lines)
 
 
 def load_table(load: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each number of clients."""
-    return _table(("clients", "images/s", "online p50 / p99 ms", "with preprocessing p50 / p99 ms", "refused", "errors", "server MB"),
-                  [[str(r["clients"]), f"{r['images_per_s']:.2f}", f"{r['online_ms']['p50']:.0f} / {r['online_ms']['p99']:.0f}",
-                    f"{r['with_preprocessing_ms']['p50']:.0f} / {r['with_preprocessing_ms']['p99']:.0f}", str(r["refused"]),
-                    str(sum(r["errors"].values())), f"{r['peak_rss_mb']['server']:.0f}"] for r in load["rows"]])
+    lines = _table(("clients", "images/s", "online p50 / p99 ms", "with preprocessing p50 / p99 ms", "n", "refused", "errors", "server MB",
+                    "dealer MB"),
+                   [[str(r["clients"]), f"{r['images_per_s']:.2f}", f"{r['online_ms']['p50']:.0f} / {r['online_ms']['p99']:.0f}",
+                     f"{r['with_preprocessing_ms']['p50']:.0f} / {r['with_preprocessing_ms']['p99']:.0f}", str(r["inferences"]),
+                     str(r["refused"]), str(sum(r["errors"].values())), f"{r['peak_rss_mb']['server']:.0f}",
+                     f"{r['peak_rss_mb']['dealer']:.0f}"] for r in load["rows"]])
+    processes = f"{load['server_processes']} server process{'es' if load['server_processes'] > 1 else ''}"
+    return [*lines, "", f"Model {load['model']}, {load['relus']:,} ReLUs, TLS and a token for each client, {processes}. Clients, server "
+            "and dealer share this machine's cores, so more cores serve more; with few inferences p99 is near the slowest one."]
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
@@ -208,17 +312,24 @@ def methods_table(methods: dict[str, Any]) -> list[str]:
 
 def _machine(result: dict[str, Any]) -> str:
     facts = result if "cpu" in result else result["rows"][0]
-    return f"{facts['cpu']}, load average {facts['load_average'][0]}, PyTorch {facts['versions']['torch']}, {result.get('date', 'undated')}"
+    made = f"{facts.get('date', 'undated')}, commit {facts.get('commit') or 'unknown'}"
+    return f"{facts['cpu']}, load average {facts['load_average'][0]} at the start, PyTorch {facts['versions']['torch']}, {made}"
 
 
-def make_report(results: Path, out: Path, readme: Path | None) -> list[Path]:
-    """Write plots, report.html and, between its marks, the README's tables; the files written. Raises InputError without results."""
+def make_report(results: Path, out: Path, readme: Path | None, guide: Path | None = None) -> list[Path]:
+    """Write plots, report.html and, between their marks, the README's tables and the guide's; the files written.
+
+    Raises InputError without results.
+    """
     sections: list[tuple[str, list[str], str | None]] = []
     written = []
     known: list[tuple[str, str, Callable[[dict[str, Any]], list[str]], list[tuple[str, Callable[[dict[str, Any], Path], None]]]]] = [
-        ("sweep", "Latency and traffic against ReLUs", lambda r: sweep_table(r["rows"]),
+        ("sweep", "Latency and traffic against ReLUs", sweep_table,
          [("growth", lambda r, p: plot_growth(r["rows"], p)), ("time", lambda r, p: plot_time(r["rows"], p))]),
-        ("peers", "Other engines, same network, weights and image", peers_table, [("peers", plot_peers)]),
+        ("sweep", "What one more ReLU or square costs", fits_table, []),
+        ("sweep", "Physical limits", limits_table, []),
+        ("sweep", "Aims", targets_table, []),
+        ("peers", "Other engines, same network, weights and images", peers_table, [("peers", plot_peers)]),
         ("load", "Many clients", load_table, [("load", plot_load)]),
         ("methods", "ReLU-reduction methods side by side", methods_table,
          [("methods", lambda r, p: draw_pareto(r["rows"], p, "Ours, and published results of larger networks", True)),
@@ -236,25 +347,31 @@ def make_report(results: Path, out: Path, readme: Path | None) -> list[Path]:
             path = out / f"{stem}.png"
             draw(result, path)
             written.append(path)
-            sections.append(("", [], base64.b64encode(path.read_bytes()).decode()))
+            sections.append((stem, [], base64.b64encode(path.read_bytes()).decode()))
     if not sections:
         raise InputError(f"{results} holds no results", "run `relucent-bench sweep`, `peers` or `load` first")
     page = out / "report.html"
     page.write_text(_page(sections))
     written.append(page)
     if readme is not None:
-        _into_readme(readme, sections)
+        body = "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines, picture in sections if picture is None)
+        _put_between(readme, README_MARKS, body)
         written.append(readme)
+    if guide is not None:
+        load = load_results(results, "load")
+        if load is None:
+            raise InputError(f"{results} holds no load.json", "run `relucent-bench load` first")
+        _put_between(guide, GUIDE_MARKS, "\n".join([*load_table(load), "", f"Machine: {_machine(load)}."]))
+        written.append(guide)
     return written
 
 
-def _into_readme(readme: Path, sections: Sequence[tuple[str, list[str], str | None]]) -> None:
-    text = readme.read_text()
-    if README_START not in text or README_END not in text:
-        raise InputError(f"{readme} lacks the marks between which the tables go", f"add {README_START} and {README_END}")
-    body = "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines, picture in sections if picture is None)
-    before, rest = text.split(README_START)
-    readme.write_text(f"{before}{README_START}\n\n{body}\n\n{README_END}{rest.split(README_END)[1]}")
+def _put_between(path: Path, marks: tuple[str, str], body: str) -> None:
+    text, (start, end) = path.read_text(), marks
+    if start not in text or end not in text:
+        raise InputError(f"{path} lacks the marks between which the tables go", f"add {start} and {end}")
+    before, rest = text.split(start)
+    path.write_text(f"{before}{start}\n\n{body}\n\n{end}{rest.split(end)[1]}")
 
 
 def _page(sections: Sequence[tuple[str, list[str], str | None]]) -> str:
@@ -265,7 +382,8 @@ def _page(sections: Sequence[tuple[str, list[str], str | None]]) -> str:
              "<h1>Relucent benchmarks</h1>"]
     for title, lines, picture in sections:
         if picture is not None:
-            parts.append(f'<img alt="plot" src="data:image/png;base64,{picture}">')
+            caption = html.escape(CAPTIONS[title])
+            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>')
             continue
         parts.append(f"<h2>{html.escape(title)}</h2>")
         rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|") and "---" not in line]

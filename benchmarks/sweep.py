@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,70 +16,183 @@ import torch
 
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
-from protocol.links import LINKS
+from benchmarks.processes import environment
+from protocol.dealing import deal, weight_masks
+from protocol.links import LINKS, Link
 from protocol.model import Model
-from protocol.plan import make_plan
+from protocol.plan import Plan, make_plan
 from protocol.prg import Seed
+from protocol.relucent_pb2 import Chunk
+from protocol.ring import ELEMENT_BYTES
+from protocol.tensor import Weight
+from protocol.wire import ChunkSender, to_chunks
 
 AES_PER_RELU_BIT = 2
 """AES blocks that evaluating a DCF key takes per compared bit: the seed and the payload words of one child."""
 
-SLOW_LINK_RELUS = 50_000
-"""More are not measured on the slower links: their keys alone would take minutes for each inference."""
+POINT_S = 45.0
+"""Seconds on the link that the runs of one point may take together: slow points have fewer runs, at least one."""
+INFERENCE_S = 60.0
+"""Points of which one inference takes longer on the link are left out."""
 
 Say = Callable[[str], None]
 
 
-def run_sweep(network: str, widths: Sequence[int], relus: Sequence[int | None], batches: Sequence[int], links: Sequence[str], runs: int,
-              say: Say) -> dict[str, Any]:
-    """One row for each combination; None ReLUs keeps all. The first of each dimension is the base that the others vary from."""
-    points = [(widths[0], r, batches[0], links[0]) for r in relus]
-    points += [(w, relus[0], batches[0], links[0]) for w in widths[1:]]
-    points += [(widths[0], relus[0], b, links[0]) for b in batches[1:]]
-    points += [(widths[0], r, batches[0], link) for link in links[1:] for r in relus if r is not None and r <= SLOW_LINK_RELUS]
+@dataclass(frozen=True)
+class Point:
+    """One combination. relus: None keeps all. squares: share of the other pixels that square. width 0: the architecture's standard."""
+
+    network: str
+    width: int
+    relus: int | None
+    squares: float
+    batch: int
+    link: str
+
+    def __str__(self) -> str:
+        count = "all" if self.relus is None else f"{self.relus:,}"
+        squares = "" if self.squares == 1 else f", {self.squares:.0%} of the others square"
+        return f"{self.network}{f' w{self.width}' if self.width else ''}, {count} ReLUs{squares}, batch {self.batch}, {self.link}"
+
+
+def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int | None], squares: Sequence[float], batches: Sequence[int],
+           links: Sequence[str]) -> list[Point]:
+    """The base, made of the first of each, and what varies from it in one dimension; ReLU counts vary on every link, squares at 0 ReLUs."""
+    base = Point(networks[0], widths[0], relus[0], squares[0], batches[0], links[0])
+    return [*(replace(base, relus=r) for r in relus),
+            *(replace(base, relus=0, squares=share) for share in squares[1:]),
+            *(replace(base, network=name, width=0) for name in networks[1:]),
+            *(replace(base, width=w) for w in widths[1:]),
+            *(replace(base, batch=b) for b in batches[1:]),
+            *(replace(base, link=link, relus=r) for link in links[1:] for r in relus)]
+
+
+def run_sweep(chosen: Sequence[Point], runs: int, say: Say) -> dict[str, Any]:
+    """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give."""
+    facts = environment()
+    links = {name: _measured(name) for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s}
     rows: list[dict[str, Any]] = []
-    models: dict[tuple[int, int | None], Model] = {}
-    for width, count, batch, link in points:
-        key = (width, count)
+    left_out: list[str] = []
+    models: dict[tuple[str, int, int | None, float], Model] = {}
+    for point in chosen:
+        key = (point.network, point.width, point.relus, point.squares)
         if key not in models:
-            models = {k: m for k, m in models.items() if k[0] == width} | {key: random_model(network, width, count)}
-        say(f"width {width}, {'all' if count is None else f'{count:,}'} ReLUs, batch {batch}, {link}")
-        row = measure(models[key], network, width, batch=batch, runs=runs, crypten=False, say=lambda _: None, link=LINKS[link])
-        row["limits"] = limits(models[key], batch)
-        rows.append(row)
-    return {"rows": rows, "fits": fit_growth(rows)}
+            models = {k: m for k, m in models.items() if k[:2] == key[:2]} | {key: random_model(*key)}
+        seconds = seconds_on(LINKS[point.link], make_plan(models[key].public, point.batch))
+        if seconds > INFERENCE_S:
+            left_out.append(f"{point}: {seconds:.0f} s on the link for each inference")
+            continue
+        say(str(point))
+        row = measure(models[key], point.network, point.width, batch=point.batch, runs=max(1, min(runs, int(POINT_S / max(seconds, 1e-9)))),
+                      crypten=False, say=lambda _: None, link=LINKS[point.link])
+        rows.append(row | {"limits": limits(models[key], point.batch, LINKS[point.link])})
+    predict(rows)
+    return {"rows": rows, "fits": fit_growth(rows), "links": links, "left_out": left_out, **facts}
+
+
+def _measured(link: str) -> dict[str, float]:
+    code = f"from benchmarks.relay import measure_link; measure_link({link!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def seconds_on(link: Link, plan: Plan) -> float:
+    """Least time of one inference, preprocessing included, between the client and the other two."""
+    up = plan.online_bytes_up + sum(ELEMENT_BYTES * s.active for s in plan.activations)
+    dealt = sum(plan.key_bytes(s) + ELEMENT_BYTES * (s.squares + 2 * s.relus) for s in plan.activations)
+    return link.seconds(plan.rounds, up + plan.online_bytes_down + dealt)
+
+
+def predict(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row on an emulated link what rounds x RTT + bytes / bandwidth + the same work on loopback foretell, "predicted_ms"."""
+    same = ("network", "width", "relus", "squares", "batch")
+    for row in rows:
+        twin = next((r for r in rows if r["link"] == "loopback" and all(r[key] == row[key] for key in same)), None)
+        if twin is not None and twin is not row:
+            row["predicted_ms"] = round(row["on_link_ms"] + twin["online_ms"], 1)
 
 
 def fit_growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Least-squares lines over ReLU counts at the base width and batch: microseconds and bytes per ReLU, for each link."""
-    fits: dict[str, Any] = {}
+    """Least-squares lines around the base: microseconds and bytes per ReLU in place of a square, for each link, and per square in place
+    of a pixel that passes unchanged, without ReLUs. Rows that compare other bits than the base are left out.
+
+    Each with "residual", the largest distance of a row from its line, as a share of the row's value.
+    """
     base = rows[0]
-    for link in dict.fromkeys(row["link"] for row in rows):
-        chosen = [r for r in rows if r["link"] == link and (r["width"], r["batch"]) == (base["width"], base["batch"])]
-        if len({r["relus"] for r in chosen}) < 2:
-            continue
-        x = np.array([r["relus"] for r in chosen], float)
-        fits[link] = {}
-        measured = {"online_us": [1e3 * r["online_ms"] for r in chosen],
-                    "preprocessing_us": [1e3 * r["preprocessing_ms"] for r in chosen],
-                    "preprocessing_bytes": [sum(r["preprocessing_bytes"].values()) for r in chosen]}
-        for name, values in measured.items():
-            slope, start = np.polyfit(x, np.array(values, float), 1)
-            fits[link][name] = {"per_relu": round(float(slope), 5), "without_any": round(float(start), 1)}
+    alike = [r for r in rows if all(r[key] == base[key] for key in ("network", "width", "batch"))
+             and (not r["relus"] or r["fixed_point"]["comparison_bits"] == base["fixed_point"]["comparison_bits"])]
+    fits: dict[str, Any] = {}
+    for link in dict.fromkeys(r["link"] for r in alike):
+        full = [r for r in alike if r["link"] == link and r["relus"] + r["squares"] == base["relus"] + base["squares"]]
+        _fit(fits, f"ReLU, {link}", "relus", full)
+    _fit(fits, f"square, {base['link']}", "squares", [r for r in alike if (r["link"], r["relus"]) == (base["link"], 0)])
     return fits
 
 
-def limits(model: Model, batch: int) -> dict[str, float]:
-    """What this machine needs at least: its int64 convolutions alone, and AES alone, one party's share in milliseconds."""
+def _fit(fits: dict[str, Any], name: str, key: str, rows: list[dict[str, Any]]) -> None:
+    x = np.array([r[key] for r in rows], float)
+    if len(set(x)) < 2:
+        return
+    measured = {"online_us": [1e3 * r["online_ms"] for r in rows], "preprocessing_us": [1e3 * r["preprocessing_ms"] for r in rows],
+                "online_bytes": [r["online_bytes_up"] + r["online_bytes_down"] for r in rows],
+                "preprocessing_bytes": [sum(r["preprocessing_bytes"].values()) for r in rows]}
+    fits[name] = {"from": int(x.min()), "to": int(x.max()), "points": len(rows)}
+    for what, values in measured.items():
+        y = np.array(values, float)
+        slope, start = np.polyfit(x, y, 1)
+        fits[name][what] = {"slope": round(float(slope), 5), "start": round(float(start), 1),
+                            "residual": round(float(np.max(np.abs(slope * x + start - y) / y)), 4)}
+
+
+def limits(model: Model, batch: int, link: Link) -> dict[str, float]:
+    """What this machine and the link need at least, in milliseconds, each alone: see docs/benchmarks.md."""
     plan = make_plan(model.public, batch)
     blocks = AES_PER_RELU_BIT * plan.comparison_bits * sum(s.relus for s in plan.activations)
-    return {"linear_ms": round(1e3 * linear_seconds(model, batch), 3), "aes_blocks": blocks,
-            "aes_ms": round(1e3 * 16 * blocks / aes_bytes_per_s(), 3),
-            "online_payload_bytes": plan.online_bytes_up + plan.online_bytes_down}
+    payload = plan.online_bytes_up + plan.online_bytes_down
+    return {"int64_ms": _ms(linear_seconds(model, batch, whole=True)), "linear_ms": _ms(linear_seconds(model, batch)),
+            "aes_blocks": blocks, "aes_ms": _ms(16 * blocks / aes_bytes_per_s()),
+            "serialisation_ms": _ms(serialisation_seconds(plan)), "dealing_ms": _ms(dealing_seconds(plan)),
+            "online_payload_bytes": payload, "bandwidth_ms": _ms(link.seconds(0, payload))}
 
 
-def linear_seconds(model: Model, batch: int, runs: int = 5) -> float:
-    """Seconds of all private maps on random ring elements as the server computes them, median; nothing else."""
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
+
+
+def _median_seconds(work: Callable[[], object], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def dealing_seconds(plan: Plan) -> float:
+    """Seconds in which a dealer makes the material of one inference, sending apart; in this process, median."""
+    masks = weight_masks(plan.model, Seed.fresh())
+    large = sum(s.relus for s in plan.activations) > 10**6
+    return _median_seconds(lambda: deal(plan, masks, Seed.fresh(), Seed.fresh(), ChunkSender(lambda _: None), ChunkSender(lambda _: None)),
+                           1 if large else 5)
+
+
+def serialisation_seconds(plan: Plan) -> float:
+    """Seconds of cutting all online messages into protobuf chunks, serialising, parsing and joining them, both ways; median."""
+    sizes = [s.active for s in plan.activations]
+    messages = [np.zeros(count, np.int64) for count in (torch.Size(plan.input_shape).numel(), *sizes, *sizes)]
+
+    def work() -> None:
+        for sequence, message in enumerate(messages):
+            out = bytearray()
+            for chunk in to_chunks(sequence, (memoryview(message).cast("B"),)):
+                out += Chunk.FromString(chunk.SerializeToString()).data
+
+    return _median_seconds(work)
+
+
+def linear_seconds(model: Model, batch: int, whole: bool = False, runs: int = 5) -> float:
+    """Seconds of all private maps on random ring elements, median, nothing else: as the server computes them, or, if `whole`, on
+    whole 64-bit integers as PyTorch does."""
     from protocol.crypten_adapter import build_graph
     from protocol.simulation import Simulation, SimulationTensor, server_parameters
 
@@ -91,15 +208,17 @@ def linear_seconds(model: Model, batch: int, runs: int = 5) -> float:
             return result
 
     parameters, point = server_parameters(model), model.public.fixed_point
+    if whole:
+        parameters = {name: Weight(value.data) if isinstance(value, Weight) else value for name, value in parameters.items()}
     graph = build_graph(model.public, parameters)
     x = Seed.fresh().ring("x", (batch, *model.public.input_shape)) >> 40
     times = []
     with torch.no_grad():
-        for _ in range(runs):
+        for _ in range(runs + 1):
             spent[0] = 0.0
             graph(Timed(Simulation(point), x, point.activation_bits, True))
             times.append(spent[0])
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 def aes_bytes_per_s(byte_count: int = 1 << 26) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -11,13 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import random_model
 from benchmarks.sweep import AES_PER_RELU_BIT
-from protocol import dcf
+from protocol import dcf, ring
 from protocol.inference import preprocess, run_online
 from protocol.model import Model
 from protocol.plan import make_plan
 from protocol.prg import Seed
+from protocol.relucent_pb2 import Chunk
 from protocol.simulation import server_graph, server_parameters
 from protocol.tensor import Weight
+from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender
 
 WIDTH, RELUS = 8, 1500
 
@@ -98,3 +102,25 @@ def _count_in_threads(mode: Copies, work: Any) -> None:
         work()
     finally:
         threading.Thread.run = original  # type: ignore[method-assign]
+
+
+def test_copies_on_the_way_to_grpc_and_back() -> None:
+    """A layer's message: one copy into protobuf, one into its bytes; back one into protobuf, one into the buffer that the layer reads."""
+    elements = torch.zeros(1 << 19, dtype=torch.int64)
+    size = 8 * elements.numel()
+    on_the_wire: list[bytes] = []
+    gc.collect()
+    tracemalloc.start()
+    try:
+        ChunkSender(lambda chunk: on_the_wire.append(chunk.SerializeToString())).send(ring.to_bytes(elements))
+        sent = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        source = iter(on_the_wire)
+        received = ring.from_bytes(ChunkReceiver(lambda: Chunk.FromString(next(source))).receive(size), (-1,))
+        back = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(received, elements)
+    assert len(on_the_wire) == size / CHUNK_BYTES
+    assert sent[0] < 1.1 * size and sent[1] < size + 4 * CHUNK_BYTES  # what lies on the wire, and a chunk on its way
+    assert back[1] - sent[0] < 1.3 * size + 4 * CHUNK_BYTES  # the buffer, which grows by an eighth at a time, and a chunk on its way

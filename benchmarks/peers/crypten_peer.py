@@ -59,7 +59,7 @@ def measure(network: Exported, runs: int, provider: str) -> dict[str, Any]:
         count = 3 if provider == "TTP" else 2
         result = run_parties(party, count, network, runs, provider, f"{folder}/rendezvous")[SERVER]
     return {
-        "peer": "CrypTen", "protocol": provider, "runs": runs, "online_ms": [1e3 * s for s in result["s"]], "preprocessing_ms": None,
+        "peer": "CrypTen", "protocol": provider, "runs": runs, "online_ms": [1e3 * s for s in result["s"]],
         "bytes": result["bytes"][-1], "rounds": result["rounds"][-1], "logits": result["logits"],
         "versions": environment()["versions"], "hides_image_from_server": False, "needs_dealer": provider == "TTP",
         "notes": f"does not hide the image from the server: {NOTES[provider]}; correlated randomness is made within the online time; both "

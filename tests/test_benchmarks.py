@@ -1,0 +1,177 @@
+"""What the benchmarks compute from what they measured, and the pages they make of it; on figures made by hand, never on time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.latency import timelines
+from benchmarks.load import _percentiles
+from benchmarks.networks import random_model
+from benchmarks.plaintext import Plaintext
+from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_table
+from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
+from protocol.errors import InputError
+from protocol.links import LINKS
+from protocol.plan import make_plan
+from protocol.timeline import KINDS
+
+TOTAL = 557_056
+
+
+def sweep_row(relus: int = 12_900, link: str = "loopback", batch: int = 1, **other: Any) -> dict[str, Any]:
+    squares = other.pop("squares", TOTAL - relus)
+    online = 70 + relus * 0.6e-3 + (squares - TOTAL + relus) * 0.05e-3 + LINKS[link].seconds(18, 8_940_000) * 1e3
+    timeline = {kind: 1.0 for kind in KINDS if kind != "wait"} | {"client": 5.0, "link": 3.0}
+    return {"network": "resnet18", "width": 64, "relus": relus, "squares": squares, "batch": batch, "link": link, "runs": 3,
+            "fixed_point": {"comparison_bits": 17}, "plaintext_ms": 11.0, "online_ms": online, "online_ms_spread": [online - 2, online + 3],
+            "preprocessing_ms": 200 + relus * 4e-3, "total_ms": 280 + relus * 5e-3,
+            "total_ms_spread": [270 + relus * 5e-3, 999 + relus * 5e-3],
+            "online_bytes_up": 8 * (relus + squares), "online_bytes_down": 8 * (relus + squares), "streams": 1,
+            "preprocessing_bytes": {"dealer_to_client": 13_800_000 + 1_100 * relus}, "on_link_ms": LINKS[link].seconds(18, 8_940_000) * 1e3,
+            "limits": {"int64_ms": 40.0, "linear_ms": 20.0, "aes_ms": 1.0, "serialisation_ms": 2.0, "bandwidth_ms": 0.0,
+                       "dealing_ms": 150.0},
+            "timeline": {"client": timeline, "server": timeline, "layers": [{"layer": "input", **timeline}, {"layer": "relu", **timeline}]},
+            "cpu": "a CPU, 2 cores", "load_average": [0.1, 0, 0], "versions": {"torch": "2"}, "date": "2026-01-01", "commit": "abc"} | other
+
+
+def test_the_sweep_varies_one_dimension_at_a_time() -> None:
+    chosen = points(["resnet18", "resnet34"], [64, 32], [12_900, 0, None], [1.0, 0.0], [1, 8], ["loopback", "wan"])
+    base = Point("resnet18", 64, 12_900, 1.0, 1, "loopback")
+    assert chosen[0] == base
+    assert len(chosen) == len(set(chosen)) == 3 + 1 + 1 + 1 + 1 + 3
+    assert Point("resnet18", 64, 0, 0.0, 1, "loopback") in chosen
+    assert Point("resnet18", 64, None, 1.0, 1, "wan") in chosen
+    assert str(Point("resnet34", 0, None, 0.5, 8, "lan")) == "resnet34, all ReLUs, 50% of the others square, batch 8, lan"
+
+
+def test_slopes_are_fitted_to_comparable_rows_only() -> None:
+    rows = [sweep_row(), sweep_row(0), sweep_row(50_000), sweep_row(100_000), sweep_row(0, squares=300_000), sweep_row(0, squares=9),
+            sweep_row(batch=8, online_ms=9_999.0), sweep_row(TOTAL, fixed_point={"comparison_bits": 20}, online_ms=9_999.0),
+            sweep_row(link="wan"), sweep_row(50_000, link="wan")]
+    fits = fit_growth(rows)
+    assert set(fits) == {"ReLU, loopback", "ReLU, wan", "square, loopback"}
+    assert fits["ReLU, loopback"]["online_us"]["slope"] == pytest.approx(0.6, rel=1e-3)
+    assert fits["ReLU, loopback"]["preprocessing_bytes"] == {"slope": 1100.0, "start": 13_800_000.0, "residual": 0.0}
+    assert fits["ReLU, loopback"]["to"] == 100_000
+    assert fits["square, loopback"]["online_bytes"]["slope"] == pytest.approx(16)
+    assert fits["square, loopback"]["online_us"]["slope"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_link_is_foretold_from_loopback() -> None:
+    rows = [sweep_row(), sweep_row(link="wan"), sweep_row(0, link="wan")]
+    predict(rows)
+    assert rows[1]["predicted_ms"] == pytest.approx(rows[1]["on_link_ms"] + rows[0]["online_ms"], abs=0.1)
+    assert "predicted_ms" not in rows[0] and "predicted_ms" not in rows[2]  # nothing to compare with
+
+
+def test_waiting_is_split_into_the_clients_work_and_the_link() -> None:
+    client = [{"layer": "input", "setup": 9.0, "elementwise": 1.0, "send": 1.0},
+              {"layer": "relu", "wait": 50.0, "squares": 3.0, "comparison": 4.0, "send": 1.0}, {"layer": "output", "wait": 20.0}]
+    server = [{"layer": "input", "setup": 10.0, "wait": 6.0}, {"layer": "relu", "linear": 40.0, "comparison": 4.0, "wait": 5.0},
+              {"layer": "output", "linear": 5.0, "send": 1.0}]
+    run = {"timeline": client, "server_timeline": server, "seconds": 0.089, "streams": 1}
+    result = timelines([run, run])
+    assert result["server"]["client"] == 2 + 5  # of the wait in "relu" all is the client's work, beside its part that overlapped
+    assert result["server"]["link"] == 4
+    assert result["server"]["linear"] == 45
+    assert result["client"]["wait"] == 70
+    assert result["coverage"] == {"client": 1.0, "server": pytest.approx(71 / 89, abs=1e-3)}
+    assert sum(v for k, v in result["layers"][1].items() if k != "layer") == 49
+    two = timelines([run | {"streams": 2}])
+    assert two["server"]["linear"] == 22.5  # sums over the streams, told for one
+
+
+def test_percentiles_lie_between_the_values_seen() -> None:
+    assert _percentiles([]) == {"p50": 0.0, "p99": 0.0}
+    assert _percentiles([0.1, 0.2]) == {"p50": 150.0, "p99": 199.0}
+
+
+def test_links_that_would_take_minutes_are_told_beforehand() -> None:
+    model = random_model("resnet18", 8, 1000)
+    plan = make_plan(model.public, 1)
+    keys = sum(plan.key_bytes(step) for step in plan.activations)
+    assert 8 * keys / 20e6 < seconds_on(LINKS["mobile"], plan) - plan.rounds * 0.06 < 8 * (keys + 100 * 69_632) / 20e6
+    found = limits(model, 1, LINKS["lan"])
+    assert all(value > 0 for value in found.values())
+    assert found["bandwidth_ms"] == pytest.approx(8e3 * found["online_payload_bytes"] / 1e9, abs=1e-3)
+
+
+def test_a_share_of_the_pixels_squares() -> None:
+    model = random_model("resnet18", 8, 1000, 0.5)
+    plan = make_plan(model.public, 1)
+    assert plan.model.relus == 1000
+    assert sum(step.squares for step in plan.activations) == (69_632 - 1000) // 2
+    assert plan.online_bytes_down == 8 * (10 + 1000 + (69_632 - 1000) // 2)
+    assert model.public.input_shape == (3, 32, 32)
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.isfinite(Plaintext(model)(image)).all()
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    rows = [sweep_row(), sweep_row(0), sweep_row(TOTAL), sweep_row(batch=32, online_ms=1757.0), sweep_row(link="wan"),
+            sweep_row(0, link="wan")]
+    predict(rows)
+    sweep = {"rows": rows, "fits": fit_growth(rows), "links": {"wan": {"rtt_s": 0.0801, "bits_per_s": 99e6}}, "left_out": ["x: 99 s"],
+             "command": "relucent-bench sweep"} | {key: rows[0][key] for key in ("cpu", "load_average", "versions", "date", "commit")}
+    facts = {key: sweep[key] for key in ("cpu", "load_average", "versions", "date", "commit")}
+    times = {"online_ms": 100.0, "online_ms_spread": [90.0, 110.0], "runs": 3}
+    peers = {"network": "resnet18", "width": 64, "rows": [
+        {"name": "plaintext", "label": "plaintext", "total_ms": 10.0, "hides_image": False, **times},
+        {"name": "relucent", "label": "Relucent", "total_ms": 300.0, "bytes": 9e6, "total_bytes": 37e6, "hides_image": True, **times},
+        {"name": "spu-semi2k", "label": "SPU", "total_ms": 9000.0, "bytes": 279e6, "total_bytes": 279e6, "hides_image": True,
+         "setup_ms": 2000.0, "setup_bytes": 9e6, "notes": "a; b", **times | {"online_ms": 9000.0}},
+        {"name": "tenseal", "label": "TenSEAL", "total_ms": 3000.0, "bytes": 1e6, "total_bytes": 1e6, "hides_image": True,
+         "same_network": False, **times},
+        {"name": "crypten-ttp", "label": "CrypTen", "skipped": "no network"}], **facts}
+    both = {"p50": 50.0, "p99": 70.0}
+    load = {"model": "m", "relus": 8192, "server_processes": 1, "rows": [
+        {"clients": n, "images_per_s": 5.0, "online_ms": both, "with_preprocessing_ms": both, "inferences": 75, "refused": 0, "errors": {},
+         "peak_rss_mb": {"server": 600.0, "dealer": 500.0}} for n in (1, 4)], **facts}
+    for name, result in (("sweep", sweep), ("peers", peers), ("load", load)):
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_the_report_and_the_tables(results: Path, tmp_path: Path) -> None:
+    readme, guide = tmp_path / "README.md", tmp_path / "guide.md"
+    readme.write_text("before\n{}\nstale\n{}\nafter\n".format(*README_MARKS))
+    guide.write_text("before\n{}\nstale\n{}\nafter\n".format(*GUIDE_MARKS))
+    written = make_report(results, tmp_path / "out", readme, guide)
+    assert {path.name for path in written} == {"growth.png", "time.png", "peers.png", "load.png", "report.html", "README.md", "guide.md"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| SPU | 3 | 9,000 (90-110) | 9,000 | 30.0x | 90.0x | 279.0 | 7.5x | 2.0 s, 9 MB | yes | a |" in text
+    assert "| TenSEAL | 3 | 100 (90-110) | 3,000 |  |  | 1.0 |  |" in text
+    assert "skipped: no network" in text and "Left out: x: 99 s." in text
+    assert "| clients | images/s |" in guide.read_text() and "stale" not in guide.read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page  # self-contained
+    make_report(results, tmp_path / "out", readme, guide)
+    assert readme.read_text() == text  # again gives the same
+
+
+def test_missed_aims_are_said(results: Path) -> None:
+    lines = "\n".join(targets_table(json.loads((results / "sweep.json").read_text())))
+    assert "| images per second, batch 32 against 1 | at least 3x | 1.4" in lines and "**no**" in lines
+    assert "| material of one dealer | at least 3 inferences a second | 6.67 a second | yes |" in lines
+
+
+def test_a_report_of_nothing_or_of_a_damaged_file(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no results"):
+        make_report(tmp_path / "nowhere", tmp_path / "out", None)
+    (tmp_path / "plain.md").write_text("nothing")
+    with pytest.raises(InputError, match="lacks the marks"):
+        make_report(results, tmp_path / "out", tmp_path / "plain.md")
+    (results / "load.json").write_text("{")
+    with pytest.raises(InputError, match=r"load\.json is no JSON"):
+        make_report(results, tmp_path / "out", None)
