@@ -27,7 +27,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/yamllint -s -d "{extends: default, rules: {line-length: {max: 140}, document-start: disable, braces: disable}}" deploy
-	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/relucent.yaml
+	$(BIN)/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
 
 bench: $(VENV)/installed
 	$(BIN)/relucent-bench latency
