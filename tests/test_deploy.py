@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+from protocol import errors
+from server.config import ServerSettings, read_settings
+from server.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -86,3 +91,90 @@ def test_compose_gives_each_party_its_own_keys_only(tmp_path: Path) -> None:
             assert {p.name for p in folder.iterdir()} == files
             assert (folder / f"{party}.pem").read_bytes() == (tmp_path / "authority" / f"{party}.pem").read_bytes()
             assert mounts[party][f"{party}-certificates"] == "/certificates"
+
+
+# --- what is watched --------------------------------------------------------------------------------------------------
+
+RULES = [r for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"] for r in group["rules"]]
+FIVE_IN_A_HUNDRED, HALF = "0+5x40", "0+50x40"  # a minute, of:
+ALL = "0+100x40"
+FIRES: dict[str, dict[str, str]] = {  # alert: series that make it fire; every minute a value
+    "RelucentDown": {"up": "0x40"},
+    "RelucentErrors": {'relucent_server_errors_total{kind="StorageError"}': "0+30x40"},
+    "RelucentPeers": {'relucent_server_errors_total{kind="PeerError"}': HALF, 'relucent_server_sessions_total{outcome="failed"}': HALF,
+                      'relucent_server_sessions_total{outcome="done"}': HALF},
+    "RelucentDealerErrors": {'relucent_dealer_errors_total{kind="PeerTimeout"}': HALF, "relucent_dealer_sessions_total": ALL},
+    "RelucentInternalErrors": {'relucent_dealer_errors_total{kind="Internal"}': "0x15 1x25"},
+    "RelucentRefusals": {'relucent_server_refusals_total{reason="ResourceLimit"}': ALL},
+    "RelucentAccessDenied": {'relucent_server_refusals_total{reason="AccessDenied"}': ALL},
+    "RelucentStock": {"relucent_server_stock_bytes": f"{8 << 30}x40"},
+    "RelucentWaiting": {"relucent_server_sessions_waiting": "200x40"},
+    "RelucentSlow": {'relucent_server_phase_seconds_bucket{phase="online",le="6.4"}': "0x40",
+                     'relucent_server_phase_seconds_bucket{phase="online",le="12.8"}': ALL,
+                     'relucent_server_phase_seconds_bucket{phase="online",le="+Inf"}': ALL},
+    "RelucentCertificateExpires": {"relucent_certificate_seconds": "86400x40"},
+}
+QUIET = {
+    "up": "1x40", 'relucent_server_errors_total{kind="Internal"}': "0x40", 'relucent_dealer_errors_total{kind="Internal"}': "0x40",
+    'relucent_server_errors_total{kind="PeerError"}': FIVE_IN_A_HUNDRED, "relucent_server_sessions_total": ALL,
+    'relucent_dealer_errors_total{kind="PeerTimeout"}': FIVE_IN_A_HUNDRED, "relucent_dealer_sessions_total": ALL,
+    'relucent_server_refusals_total{reason="AccessDenied"}': "0+1x40", "relucent_server_stock_bytes": f"{4 << 30}x40",
+    "relucent_server_sessions_waiting": "20x40", "relucent_certificate_seconds": "8640000x40",
+    'relucent_server_phase_seconds_bucket{phase="online",le="0.1"}': ALL,
+    'relucent_server_phase_seconds_bucket{phase="online",le="+Inf"}': ALL,
+}
+
+
+def known_metrics() -> set[str]:
+    """The names that the programs give their metrics, as Prometheus stores them."""
+    names = {"up"}
+    for program in ("server", "dealer"):
+        for family in Metrics(program).registry.collect():
+            suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+            names |= {family.name + suffix for suffix in suffixes}
+    for path in (ROOT / "server").glob("*.py"):
+        names |= set(re.findall(r'\.watch\("(\w+)"', path.read_text()))
+    return names
+
+
+def test_every_metric_that_is_named_exists() -> None:
+    known = known_metrics()
+    assert {"relucent_server_errors_total", "relucent_server_phase_seconds_bucket", "relucent_server_stock_bytes"} <= known
+    for rule in RULES:
+        named = set(re.findall(r"\b(?:relucent_\w+|up)\b", rule["expr"].replace('"relucent"', "")))
+        assert named and named <= known, rule["alert"]
+        for label, values in re.findall(r'(kind|reason)(?:=|!=|=~|!~)"([^"]+)"', rule["expr"]):
+            for value in values.split("|"):
+                assert hasattr(errors, value) or (label, value) == ("kind", "Internal"), rule["alert"]
+    for name in ("prometheus.yml", "alerts.yml"):
+        assert set(re.findall(r"relucent_\w+", (DEPLOY / name).read_text())) <= known
+    stems = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in known} | known
+    assert set(re.findall(r"relucent_(?:server|dealer|certificate)_\w+", (ROOT / "docs" / "operating.md").read_text())) <= stems
+
+
+def test_thresholds_are_those_of_the_settings() -> None:
+    settings = read_settings(ServerSettings, DEPLOY / "server.toml", {})
+    expressions = {r["alert"]: r["expr"] for r in RULES}
+    assert expressions["RelucentStock"].endswith(f"> 0.9 * {settings.stock_mb} * 1048576")
+    assert expressions["RelucentWaiting"].endswith(f"> 0.5 * {settings.waiting}")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool comes with Prometheus")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    assert FIRES.keys() == {r["alert"] for r in RULES}
+
+    def series(values: dict[str, str]) -> list[dict[str, str]]:
+        labels = ('job="relucent"', 'instance="one"')
+        return [{"series": f"{name.partition('{')[0]}{{{','.join([*labels, *filter(None, [name.partition('{')[2][:-1]])])}}}", "values": v}
+                for name, v in values.items()]
+
+    tests: list[dict[str, Any]] = []
+    for alert, values in {**FIRES, "": QUIET}.items():
+        fired = [{"expr": f'count by (alertname) (ALERTS{{alertstate="firing",alertname="{r["alert"]}"}})', "eval_time": "20m",
+                  "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if r["alert"] == alert else []} for r in RULES]
+        tests.append({"interval": "1m", "input_series": series(values), "promql_expr_test": fired})
+    path = tmp_path / "tests.yml"
+    path.write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "alerts.yml")], "evaluation_interval": "1m", "tests": tests}))
+    for command in (["test", "rules", path], ["check", "config", DEPLOY / "prometheus.yml"]):
+        done = subprocess.run(["promtool", *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
