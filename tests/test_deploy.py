@@ -178,3 +178,17 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     for command in (["test", "rules", path], ["check", "config", DEPLOY / "prometheus.yml"]):
         done = subprocess.run(["promtool", *map(str, command)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
+
+
+def test_settings_that_are_documented_exist() -> None:
+    settings = ServerSettings.model_fields
+    table = re.findall(r"^\| ([\w, ]+) \| .* \| .* \|$", OPERATING, re.MULTILINE)
+    named = {name for cell in table if cell not in ("setting", "metric") for name in cell.split(", ")}
+    assert len(named) > 20 and named <= settings.keys()
+    by_themselves = re.search(r"^- \*\*For each process by itself\*\*: (.*?), and downloads", OPERATING, re.MULTILINE)
+    assert by_themselves and set(re.findall(r"`(\w+)`", by_themselves[1])) <= settings.keys()
