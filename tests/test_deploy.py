@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,17 @@ import pytest
 import yaml
 
 from protocol import errors
+from protocol.model import Model, save
+from protocol.tls import Identity
+from server.certificates import Authority
 from server.config import ServerSettings, read_settings
+from server.host import metrics_of_worker
 from server.metrics import Metrics
+from tests.test_programs import program
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
 OWN = {party: {"ca.pem", f"{party}.pem", f"{party}-key.pem"} for party in ("dealer", "server")}
 
 
@@ -93,6 +101,89 @@ def test_compose_gives_each_party_its_own_keys_only(tmp_path: Path) -> None:
             assert mounts[party][f"{party}-certificates"] == "/certificates"
 
 
+# --- settings and units -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("party", ["dealer", "server"])
+@pytest.mark.parametrize("folder", [".", "systemd"])
+def test_example_settings_pass_check_config(folder: str, party: str, tmp_path: Path, mixed_model: Model) -> None:
+    """With the same paths below another root, where everything that they name lies ready."""
+    text = (DEPLOY / folder / f"{party}.toml").read_text()
+    settings = tomllib.loads(text)
+    identity = Identity(party, party)  # type: ignore[arg-type]
+    certificate, key = Authority(tmp_path / "authority").issue(identity, ["localhost"])
+    for name, source in (("certificate", certificate), ("key", key), ("ca", tmp_path / "authority" / "ca.pem")):
+        target = tmp_path / settings[name][1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    for models in settings.get("models", []):
+        (tmp_path / models[1:]).mkdir(parents=True)
+        save(mixed_model, tmp_path / models[1:] / "m.safetensors")
+    path = tmp_path / "settings.toml"
+    path.write_text(text.replace('"/', f'"{tmp_path}/'))
+    done = program(party, "check-config", "--config", path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("party", ["dealer", "server"])
+def test_units_let_programs_write_where_the_settings_say(party: str) -> None:
+    settings, unit = tomllib.loads((DEPLOY / "systemd" / f"{party}.toml").read_text()), ConfigParser(interpolation=None, strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    path = DEPLOY / "systemd" / f"relucent-{party}.service"
+    unit.read(path)
+    service = unit["Service"]
+    state, user = Path("/var/lib") / service["StateDirectory"], service["User"]
+    assert service["ProtectSystem"] == "strict"
+    for name in ("state", "master_key"):
+        assert Path(settings.get(name, state)).is_relative_to(state), name
+    # the guide makes the user and the folders, and puts there what unit and settings name
+    guide = OPERATING.partition("### As services of systemd")[2].partition("\n## ")[0]
+    assert re.search(rf"^useradd --system .* {user}$", guide, re.MULTILINE)
+    assert f"install -d -o {user} -g {user} -m {service['StateDirectoryMode'][1:]} {state}\n" in guide
+    binary, _, _, config = service["ExecStart"].split()
+    assert f"runuser -u {user} -- {binary} check-config --config {config}\n" in guide
+    installed = {f"{target}/{Path(source).name}" for group, sources, target in
+                 re.findall(r"^install -g (\S+) -m 640 (.+) (/\S+)$", guide, re.MULTILINE) if group == user for source in sources.split()}
+    assert {config, settings["certificate"], settings["key"], settings["ca"]} <= installed
+    assert {Path(file).name for file in installed} <= OWN[party] | {f"{party}.toml", "*.safetensors"}
+    assert {f"{models}/*.safetensors" for models in settings.get("models", [])} <= installed
+    assert f"install -m 644 {path.relative_to(ROOT)} /etc/systemd/system\n" in guide
+    assert f"{binary.rpartition('/bin/')[0]}\n" in OPERATING.partition("python3 -m venv ")[2]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze comes with systemd")
+@pytest.mark.parametrize("party", ["dealer", "server"])
+def test_units_are_valid(party: str, tmp_path: Path) -> None:
+    path = tmp_path / f"relucent-{party}.service"
+    path.write_text(re.sub(r"/opt/relucent/bin/\S+", sys.executable, (DEPLOY / "systemd" / path.name).read_text()))
+    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+    assert done.returncode == 0 and path.name not in done.stderr, done.stderr
+
+
+def test_prometheus_asks_every_process() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]
+    wanted = []
+    for party in ("server", "dealer"):
+        assert any(v.startswith(f"./{party}.toml:") for v in services[party]["volumes"])
+        settings = tomllib.loads((DEPLOY / f"{party}.toml").read_text())
+        ports = [metrics_of_worker(settings["metrics"], i) for i in range(settings.get("processes", 1))]
+        wanted += [str(port).replace("0.0.0.0", party) for port in ports]
+    assert job["static_configs"] == [{"targets": wanted}]
+
+
+def test_the_guide_installs_what_the_makefile_installs() -> None:
+    pinned = re.findall(r'"(?:torch|crypten)==[^"]+"', (ROOT / "Makefile").read_text())
+    assert len(pinned) == 2
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    for text in (OPERATING, dockerfile):
+        assert re.search(rf"pip install .*{pinned[0]}", text)
+        after = text.partition(pinned[1])[2]
+        assert "--no-deps" in text.partition(pinned[1])[0].splitlines()[-1]
+        # Relucent comes after the removal of CrypTen's package of the same name as one of its own
+        assert re.search(r"rm -r.*/site-packages/benchmarks(?s:.*)pip install .*\.", after)
+
+
 # --- what is watched --------------------------------------------------------------------------------------------------
 
 RULES = [r for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"] for r in group["rules"]]
@@ -128,8 +219,8 @@ QUIET = {
 def known_metrics() -> set[str]:
     """The names that the programs give their metrics, as Prometheus stores them."""
     names = {"up"}
-    for program in ("server", "dealer"):
-        for family in Metrics(program).registry.collect():
+    for party in ("server", "dealer"):
+        for family in Metrics(party).registry.collect():
             suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
             names |= {family.name + suffix for suffix in suffixes}
     for path in (ROOT / "server").glob("*.py"):
@@ -149,7 +240,7 @@ def test_every_metric_that_is_named_exists() -> None:
     for name in ("prometheus.yml", "alerts.yml"):
         assert set(re.findall(r"relucent_\w+", (DEPLOY / name).read_text())) <= known
     stems = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in known} | known
-    assert set(re.findall(r"relucent_(?:server|dealer|certificate)_\w+", (ROOT / "docs" / "operating.md").read_text())) <= stems
+    assert set(re.findall(r"relucent_(?:server|dealer|certificate)_\w+", OPERATING)) <= stems
 
 
 def test_thresholds_are_those_of_the_settings() -> None:
@@ -181,9 +272,6 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
-
-OPERATING = (ROOT / "docs" / "operating.md").read_text()
-
 
 def test_settings_that_are_documented_exist() -> None:
     settings = ServerSettings.model_fields
