@@ -280,3 +280,10 @@ def test_settings_that_are_documented_exist() -> None:
     assert len(named) > 20 and named <= settings.keys()
     by_themselves = re.search(r"^- \*\*For each process by itself\*\*: (.*?), and downloads", OPERATING, re.MULTILINE)
     assert by_themselves and set(re.findall(r"`(\w+)`", by_themselves[1])) <= settings.keys()
+
+
+def test_the_sizing_table_has_its_place() -> None:
+    before, mark, after = OPERATING.partition("<!-- load: made by relucent-bench report -->\n")
+    assert mark and before.rstrip().count("\n## Sizing\n") == 1
+    table, mark, rest = after.partition("<!-- end of load -->\n")
+    assert mark and "##" not in table and "<!--" not in rest
