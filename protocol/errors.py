@@ -27,6 +27,11 @@ class RelucentError(Exception):
         self.hint = hint
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """Text on one line of bounded length, without control characters that a peer may have put into it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
+
+
 class InputError(RelucentError):
     """The user's own input is wrong."""
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
-from protocol.errors import InputError, RelucentError
+from protocol.errors import InputError, RelucentError, one_line
 
 P = ParamSpec("P")
 
@@ -37,12 +37,7 @@ def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P,
 
 def fail(program: str, message: str, hint: str, code: int) -> None:
     """Print `program: error: ...`, the hint if there is one, and exit with `code`."""
-    print(f"{program}: error: {_one_line(message)}", file=sys.stderr)
+    print(f"{program}: error: {one_line(message, 4000)}", file=sys.stderr)
     if hint:
-        print(f"{program}: hint: {_one_line(hint)}", file=sys.stderr)
+        print(f"{program}: hint: {one_line(hint)}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks, and without control characters that a peer may have put into its message."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

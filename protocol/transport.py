@@ -25,7 +25,7 @@ os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
 import grpc
 
 from protocol import errors
-from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch
+from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch, one_line
 from protocol.timeline import Timeline
 from protocol.tls import Identity, check_valid, load_ca, load_key_pair, parse_identity
 
@@ -56,7 +56,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
     errors.PeerTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
-_NAME_KEY = "relucent-error"
+_NAME_KEY, _HINT_KEY = "relucent-error", "relucent-hint"
 TIMELINE_KEY = "relucent-timeline-bin"
 ACCEPTED_KEY = "relucent-accepted"
 
@@ -197,7 +197,8 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 
 def _end(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     if isinstance(error, RelucentError):
-        context.set_trailing_metadata(((_NAME_KEY, type(error).__name__),))
+        hint = one_line(error.hint).encode("ascii", "replace").decode()  # as HTTP/2 wants it
+        context.set_trailing_metadata(((_NAME_KEY, type(error).__name__), (_HINT_KEY, hint)))
         context.abort(STATUS[type(error)], str(error))
     context.abort(grpc.StatusCode.INTERNAL, "the peer failed inside; its log says more")
     raise AssertionError("abort returns never")
@@ -206,11 +207,11 @@ def _end(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 def translate(error: grpc.RpcError, peer: str) -> RelucentError:
     """The error that the peer meant, from the failed call."""
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    detail = (error.details() if isinstance(error, grpc.Call) else "") or ""
+    detail = one_line((error.details() if isinstance(error, grpc.Call) else "") or "")
     metadata = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.Call) else {}
     kind = _BY_NAME.get(str(metadata.get(_NAME_KEY, "")))
     if kind is not None:
-        return kind(f"{peer}: {detail}")
+        return kind(f"{peer}: {detail}", one_line(str(metadata.get(_HINT_KEY, ""))))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerTimeout(f"{peer} did not answer within the deadline", "try again, or raise --timeout")
     if code == grpc.StatusCode.CANCELLED:

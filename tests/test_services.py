@@ -212,8 +212,9 @@ def test_stock_limit(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model, stock_bytes=int(2.5 * size))
     with services.client() as client:
         client.preprocess(2)
-        with pytest.raises(ResourceLimit, match="no room"):
+        with pytest.raises(ResourceLimit, match="no room") as caught:
             client.preprocess(1)
+        assert caught.value.hint == "use up or discard material, or try again later"
         agrees(client, relu_model, PIXELS[:1])
         client.preprocess(1)
 
@@ -510,10 +511,12 @@ def test_every_error_has_a_status_and_comes_back(tmp_path: Path) -> None:
     failing = Failing()
     server, address = start(lambda s: rpc.add_InferenceServicer_to_server(failing, s))
     for kind in kinds:
-        failing.error = kind("the reason")
+        failing.error = kind("the reason", "try\n\x1b[31mthis \u2026 " + "x" * 1000)
         with pytest.raises(kind, match="the reason") as caught:
             Client(address, address, insecure=True, cache=tmp_path)
         assert type(caught.value) is kind
+        assert caught.value.hint.startswith("try [31mthis ? xxx")
+        assert len(caught.value.hint) == 500
     server.stop(0)
 
 
