@@ -10,11 +10,14 @@ import json
 import logging
 import os
 import queue
+import re
+import secrets
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -25,11 +28,23 @@ os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
 import grpc
 
 from protocol import errors
-from protocol.errors import AccessDenied, InputError, PeerError, PeerTimeout, ProtocolViolation, RelucentError, VersionMismatch, one_line
+from protocol.errors import (
+    AccessDenied,
+    InputError,
+    PeerError,
+    PeerTimeout,
+    ProtocolViolation,
+    RelucentError,
+    StorageError,
+    VersionMismatch,
+    one_line,
+)
 from protocol.timeline import Timeline
 from protocol.tls import Identity, check_valid, load_ca, load_key_pair, parse_identity
 
 log = logging.getLogger("relucent")
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the call that is served here: random, it says nothing about the caller. The log has it, and the error that the caller sees."""
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 2 << 20),
@@ -56,7 +71,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
     errors.PeerTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
-_NAME_KEY, _HINT_KEY = "relucent-error", "relucent-hint"
+_NAME_KEY, _HINT_KEY, _REQUEST_KEY = "relucent-error", "relucent-hint", "relucent-request"
 TIMELINE_KEY = "relucent-timeline-bin"
 ACCEPTED_KEY = "relucent-accepted"
 
@@ -188,30 +203,49 @@ def bearer_token(context: grpc.ServicerContext) -> str | None:
     return None
 
 
-def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """End a call with the status of `error`; anything unexpected becomes one neutral sentence and a log entry."""
-    if not isinstance(error, RelucentError):
-        log.error("a call failed inside", exc_info=error)
-    _end(context, error)
+@contextmanager
+def answering(what: str, context: grpc.ServicerContext) -> Iterator[None]:
+    """Serve one call under an id of its own; an error is logged as one of `what`, and becomes the call's status."""
+    request_id.set(secrets.token_hex(6))
+    try:
+        yield
+    except Exception as error:
+        _log_failure(what, error)
+        _end(context, error)
+
+
+def _log_failure(what: str, error: BaseException) -> None:
+    if isinstance(error, RelucentError):
+        log.warning("%s failed: %s: %s", what, type(error).__name__, one_line(str(error)))
+    else:
+        log.error("%s failed inside", what, exc_info=error)
 
 
 def _end(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
+    """End a call with the status of `error`; what is unexpected, or names files of this machine, becomes one neutral sentence."""
+    metadata = [(_REQUEST_KEY, request_id.get())]
     if isinstance(error, RelucentError):
-        hint = one_line(error.hint).encode("ascii", "replace").decode()  # as HTTP/2 wants it
-        context.set_trailing_metadata(((_NAME_KEY, type(error).__name__), (_HINT_KEY, hint)))
-        context.abort(STATUS[type(error)], str(error))
+        told = error
+        if isinstance(error, StorageError):
+            told = StorageError("it cannot store anything now", "try again later; its log says more")
+        hint = one_line(told.hint).encode("ascii", "replace").decode()  # as HTTP/2 wants it
+        context.set_trailing_metadata((*metadata, (_NAME_KEY, type(error).__name__), (_HINT_KEY, hint)))
+        context.abort(STATUS[type(error)], str(told))
+    context.set_trailing_metadata(metadata)
     context.abort(grpc.StatusCode.INTERNAL, "the peer failed inside; its log says more")
     raise AssertionError("abort returns never")
 
 
 def translate(error: grpc.RpcError, peer: str) -> RelucentError:
-    """The error that the peer meant, from the failed call."""
+    """The error that the peer meant, from the failed call; its text ends with the id under which the peer's log has it."""
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     detail = one_line((error.details() if isinstance(error, grpc.Call) else "") or "")
     metadata = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.Call) else {}
     kind = _BY_NAME.get(str(metadata.get(_NAME_KEY, "")))
+    request = str(metadata.get(_REQUEST_KEY, ""))
+    where = f" (request {request})" if re.fullmatch("[0-9a-f]{12}", request) else ""
     if kind is not None:
-        return kind(f"{peer}: {detail}", one_line(str(metadata.get(_HINT_KEY, ""))))
+        return kind(f"{peer}: {detail}{where}", one_line(str(metadata.get(_HINT_KEY, ""))))
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return PeerTimeout(f"{peer} did not answer within the deadline", "try again, or raise --timeout")
     if code == grpc.StatusCode.CANCELLED:
@@ -227,7 +261,7 @@ def translate(error: grpc.RpcError, peer: str) -> RelucentError:
         return VersionMismatch(f"{peer} is no Relucent service of this version", "check the address and the versions")
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceLimit(f"{peer} is out of capacity, or a message was too large", "try again later")
-    return PeerError(f"{peer} failed ({code.name.lower()})", "its log says more")
+    return PeerError(f"{peer} failed ({code.name.lower()}){where}", "its log says more")
 
 
 def pack_timeline(timeline: Timeline) -> bytes:
@@ -324,7 +358,7 @@ def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | No
             if over.wait(left):
                 return
 
-    threading.Thread(target=watch, daemon=True, name="time-limit").start()
+    threading.Thread(target=copy_context().run, args=(watch,), daemon=True, name="time-limit").start()
     try:
         yield touch
     finally:
@@ -340,13 +374,14 @@ class Session:
     touch: Callable[[], None]
 
 
-def run_session(work: Callable[[Session], None], requests: Iterator[Any], context: grpc.ServicerContext, limit_s: float,
+def run_session(what: str, work: Callable[[Session], None], requests: Iterator[Any], context: grpc.ServicerContext, limit_s: float,
                 idle_s: float | None = None) -> Iterator[Any]:
-    """Serve one streaming call: `work(session)` runs in a thread of its own, what it sends is yielded.
+    """Serve one streaming call under an id of its own: `work(session)` runs in a thread of its own, what it sends is yielded.
 
     The call is cancelled after `limit_s` seconds, or when there was no message either way and no `touch` for `idle_s`, whatever
-    the peer's own deadline; an error becomes its status.
+    the peer's own deadline; an error is logged as one of `what`, and becomes the call's status.
     """
+    request_id.set(secrets.token_hex(6))
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
     gone = threading.Event()
     when_over(context, gone.set)
@@ -367,8 +402,7 @@ def run_session(work: Callable[[Session], None], requests: Iterator[Any], contex
             work(session)
         except BaseException as error:
             failure = error
-            if not isinstance(error, RelucentError):
-                log.error("a call failed inside", exc_info=error)
+            _log_failure(what, error)
         try:
             put(None, failure)
         except PeerError:
@@ -384,7 +418,7 @@ def run_session(work: Callable[[Session], None], requests: Iterator[Any], contex
                     touch()
                     yield request
 
-            threading.Thread(target=run, args=(Session(put, heard(), touch),), daemon=True, name="session").start()
+            threading.Thread(target=copy_context().run, args=(run, Session(put, heard(), touch)), daemon=True, name="session").start()
             while True:
                 try:
                     message, failure = outgoing.get(timeout=0.5)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ from protocol.errors import (
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.transport import Session, abort, certified, is_plaintext, next_kind, run_session, time_limit, when_over
+from protocol.transport import Session, answering, certified, is_plaintext, next_kind, run_session, time_limit, when_over
 from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
 from server.metrics import Metrics
 
@@ -130,11 +131,8 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     # --- registration -----------------------------------------------------------------------------------------
 
     def Register(self, request_iterator: Iterator[pb.RegisterUp], context: grpc.ServicerContext) -> pb.Registration:
-        try:
-            with time_limit(context, REGISTER_S), self._metrics.phase("registration"):
-                return self._register(request_iterator, self._server_name(context))
-        except BaseException as error:
-            abort(context, error)
+        with answering("registration", context), time_limit(context, REGISTER_S), self._metrics.phase("registration"):
+            return self._register(request_iterator, self._server_name(context))
 
     def _server_name(self, context: grpc.ServicerContext) -> str:
         """Name of the server that calls, by its certificate. Raises AccessDenied for anybody else."""
@@ -175,22 +173,19 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     # --- material -----------------------------------------------------------------------------------------------
 
     def FetchMaterial(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> Iterator[pb.MaterialDown]:
-        try:
+        def work(session: Session) -> None:
             party, registration = self._authenticate(request, context)
             meeting = self._meet(party, request)
-        except BaseException as error:
-            abort(context, error)
-
-        def work(session: Session) -> None:
+            when_over(context, lambda: meeting.left(party))
             with self._metrics.phase(f"material for the {party}"):
-                hand_over(session.send)
+                hand_over(party, registration, meeting, session.send)
 
-        def hand_over(transmit: Callable[[Any], None]) -> None:
+        def hand_over(party: str, registration: _Registration, meeting: _Meeting, transmit: Callable[[Any], None]) -> None:
             try:
                 if not meeting.both.wait(self._meeting_s):
                     raise PeerTimeout("the other party did not ask for its part in time")
                 if party == "client":  # one of the two handlers does the work
-                    threading.Thread(target=self._deal, args=(registration, meeting), daemon=True, name="deal").start()
+                    threading.Thread(target=copy_context().run, args=(self._deal, registration, meeting), daemon=True, name="deal").start()
                 while (message := meeting.take(party)) is not None:
                     if isinstance(message, RelucentError):
                         raise message
@@ -204,8 +199,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                     if self._meetings.get(request.material_id) is meeting:
                         del self._meetings[request.material_id]
 
-        when_over(context, lambda: meeting.left(party))
-        yield from run_session(work, iter(()), context, DEAL_S)
+        yield from run_session("material", work, iter(()), context, DEAL_S)
 
     def _authenticate(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> tuple[str, _Registration]:
         check_version(request.protocol_version)

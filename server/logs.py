@@ -6,11 +6,9 @@ import json
 import logging
 import sys
 import traceback
-from contextvars import ContextVar
 from datetime import UTC, datetime
 
-request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the call that this thread serves; random, it says nothing about the caller."""
+from protocol.transport import request_id
 
 
 def _failure(record: logging.LogRecord) -> dict[str, str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +25,7 @@ from protocol.transport import (
     ACCEPTED_KEY,
     TIMELINE_KEY,
     Session,
-    abort,
+    answering,
     bearer_token,
     certified,
     is_plaintext,
@@ -49,7 +47,6 @@ from protocol.wire import (
     to_chunks,
 )
 from server.catalogue import Catalogue, HostedModel
-from server.logs import request_id
 from server.metrics import Metrics
 from server.sessions import Sessions
 from server.state import State
@@ -109,13 +106,11 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     # --- public information ---------------------------------------------------------------------------------------
 
-    def _answer(self, context: grpc.ServicerContext, version: int, make: Callable[[], Reply]) -> Reply:
-        try:
+    def _answer(self, what: str, context: grpc.ServicerContext, version: int, make: Callable[[], Reply]) -> Reply:
+        with answering(what, context):
             self._identify(context)
             check_version(version)
             return make()
-        except BaseException as error:
-            abort(context, error)
 
     def _identify(self, context: grpc.ServicerContext) -> Identity:
         try:
@@ -130,7 +125,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 pb.ModelEntry(name=m.public.name, model_id=m.model_id, relus=m.public.relus, classes=len(m.public.classes),
                               input_shape=m.public.input_shape) for m in self._catalogue.models()])
 
-        return self._answer(context, request.protocol_version, make)
+        return self._answer("list", context, request.protocol_version, make)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
         def make() -> pb.Offer:
@@ -141,7 +136,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                             public_bytes=len(hosted.public_bytes),
                             max_batch=self._limits.max_batch, name=hosted.public.name)
 
-        return self._answer(context, request.protocol_version, make)
+        return self._answer("describe", context, request.protocol_version, make)
 
     def FetchPublic(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         yield from self._fetch(request, context, lambda hosted: hosted.public_bytes)
@@ -156,21 +151,16 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         yield from self._fetch(request, context, delta)
 
     def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[HostedModel], bytes]) -> Iterator[pb.Chunk]:
-        def find() -> memoryview:
-            data = get(self._catalogue.identified(request.model_id))
-            if request.offset > len(data):
-                raise ProtocolViolation("the offset lies behind the end of the data")
-            return memoryview(data)[request.offset :]
-
-        with ExitStack() as stack:
-            def start() -> tuple[memoryview, Callable[[], None]]:
-                stack.enter_context(self._downloads.slot(self._access.identify(context).uri))
-                return find(), stack.enter_context(time_limit(context, self._limits.timeout_s, self._limits.idle_s))
-
-            data, touch = self._answer(context, request.protocol_version, start)
-            for chunk in to_chunks(0, (data,)):
-                touch()
-                yield chunk
+        with answering("download", context):
+            identity = self._identify(context)
+            check_version(request.protocol_version)
+            with self._downloads.slot(identity.uri), time_limit(context, self._limits.timeout_s, self._limits.idle_s) as touch:
+                data = get(self._catalogue.identified(request.model_id))
+                if request.offset > len(data):
+                    raise ProtocolViolation("the offset lies behind the end of the data")
+                for chunk in to_chunks(0, (memoryview(data)[request.offset :],)):
+                    touch()
+                    yield chunk
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -179,14 +169,13 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         """One streaming call: identified, queued, timed, counted; its error becomes its status."""
 
         def run(session: Session) -> None:
-            request_id.set(secrets.token_hex(6))
             with self._metrics.phase(phase):
                 identity = self._access.identify(context)
                 with self._sessions.slot(identity.uri):
                     work(identity, session)
             log.info("%s done", phase)
 
-        yield from run_session(run, requests, context, self._limits.timeout_s, self._limits.idle_s)
+        yield from run_session(phase, run, requests, context, self._limits.timeout_s, self._limits.idle_s)
 
     def Preprocess(self, request_iterator: Iterator[pb.PreprocessUp], context: grpc.ServicerContext) -> Iterator[pb.PreprocessDown]:
         def work(identity: Identity, session: Session) -> None:
@@ -225,7 +214,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 self._stock.discard(material_id, secret)
             return pb.Empty()
 
-        return self._answer(context, PROTOCOL_VERSION, make)
+        return self._answer("discard", context, PROTOCOL_VERSION, make)
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         def work(identity: Identity, session: Session) -> None:

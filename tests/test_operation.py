@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import ssl
@@ -286,6 +287,14 @@ def test_full_disk_at_the_server(site: Site, mixed_model: Model) -> None:
         agrees(client, mixed_model)
         with limited(server, resource.RLIMIT_FSIZE, 4096), pytest.raises(StorageError):
             client.preprocess(1)
+        agrees(client, mixed_model)
+        (site.folder / "state" / "stock").rmdir()
+        with pytest.raises(StorageError, match="cannot store anything now") as caught:
+            client.preprocess(1)
+        (site.folder / "state" / "stock").mkdir()
+        assert str(site.folder) not in str(caught.value) + caught.value.hint
+        (request,) = re.findall(r"\(request (\w+)\)", str(caught.value))
+        assert re.search(rf"preprocessing failed: StorageError: cannot write {site.folder}.* request={request}", site.logs())
         agrees(client, mixed_model)
         client.preprocess(1)
     assert not list((site.folder / "state" / "stock").iterdir())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import secrets
 import threading
 import time
@@ -29,7 +31,7 @@ from protocol.errors import (
     VersionMismatch,
 )
 from protocol.model import Model
-from protocol.transport import STATUS, abort, connect, translate
+from protocol.transport import STATUS, answering, connect, translate
 from protocol.wire import FRAME_BYTES, to_chunks
 from server.catalogue import HostedModel
 from server.dealer import DealerService
@@ -501,7 +503,8 @@ class Failing(rpc.InferenceServicer):  # type: ignore[misc]
     error: RelucentError
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
-        abort(context, self.error)
+        with answering("describe", context):
+            raise self.error
 
 
 def test_every_error_has_a_status_and_comes_back(tmp_path: Path) -> None:
@@ -512,12 +515,53 @@ def test_every_error_has_a_status_and_comes_back(tmp_path: Path) -> None:
     server, address = start(lambda s: rpc.add_InferenceServicer_to_server(failing, s))
     for kind in kinds:
         failing.error = kind("the reason", "try\n\x1b[31mthis \u2026 " + "x" * 1000)
-        with pytest.raises(kind, match="the reason") as caught:
+        with pytest.raises(kind, match=r"\(request [0-9a-f]{12}\)$") as caught:
             Client(address, address, insecure=True, cache=tmp_path)
         assert type(caught.value) is kind
+        if kind is StorageError:  # its text names files of that machine
+            assert "the reason" not in str(caught.value)
+            continue
+        assert "the reason" in str(caught.value)
         assert caught.value.hint.startswith("try [31mthis ? xxx")
         assert len(caught.value.hint) == 500
     server.stop(0)
+
+
+def test_failures_are_logged_under_the_id_that_the_caller_sees(serve: Serve, relu_model: Model) -> None:
+    """Of unary calls and sessions, at server and dealer, with the phase; a call that is cut off has an id in the log, too."""
+    from server.logs import TextFormatter
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    lines: list[str] = []
+    handler = Lines()
+    handler.setFormatter(TextFormatter())
+    logging.getLogger("relucent").addHandler(handler)
+    services = serve(relu_model, idle_s=0.5)
+    try:
+        with services.client() as client:
+            request = pb.MaterialRequest(protocol_version=1, model_id=client.model.model_id, material_id=bytes(16), client_id=bytes(32),
+                                         batch=1, registration_id=client._offer.registration_id, client_secret=b"secret")
+            wrong = pb.FetchRequest(protocol_version=1, model_id="x")
+            calls = {"describe": lambda: client._server.Describe(pb.DescribeRequest(protocol_version=1, name="x"), timeout=5),
+                     "download": lambda: list(client._server.FetchDelta(wrong, timeout=5)),
+                     "online": lambda: list(client._server.Infer(iter([pb.InferUp()]), timeout=5)),
+                     "material": lambda: list(client._dealer.FetchMaterial(request, timeout=5))}
+            for what, call in calls.items():
+                with pytest.raises(grpc.RpcError) as caught:
+                    call()
+                error = translate(caught.value, "the peer")
+                text, _, request_id = str(error).removeprefix("the peer: ").rstrip(")").partition(" (request ")
+                assert any(line.endswith(f"{what} failed: {type(error).__name__}: {text} request={request_id}") for line in lines), lines
+            hold = threading.Event()
+            with pytest.raises(grpc.RpcError):
+                list(client._server.Preprocess(iter(hold.wait, True), timeout=20))
+            hold.set()
+            assert any(re.search(r"a call is cancelled: .* request=[0-9a-f]{12}$", line) for line in lines)
+    finally:
+        logging.getLogger("relucent").removeHandler(handler)
 
 
 def test_framing_is_below_one_percent_for_large_layers() -> None:
