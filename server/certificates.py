@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.errors import InputError, StorageError
-from protocol.tls import Identity
+from protocol.tls import Identity, parse_identity
 
 CA_DAYS, DAYS = 3650, 365
 
@@ -49,6 +49,17 @@ def _builder(subject: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, d
 
 def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def holder(certificate: Path) -> tuple[Identity, list[str]]:
+    """Whom a certificate names, and the DNS names and IP addresses that it is for. Raises InputError."""
+    try:
+        shown = x509.load_pem_x509_certificate(certificate.read_bytes())
+        names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (identity,) = filter(None, map(parse_identity, names.get_values_for_type(x509.UniformResourceIdentifier)))
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise InputError(f"{certificate} does not say whom it names", "say so: pass --host, and for a server --name") from error
+    return identity, names.get_values_for_type(x509.DNSName) + [str(a) for a in names.get_values_for_type(x509.IPAddress)]
 
 
 class Authority:

@@ -16,7 +16,7 @@ from rich.table import Table
 from protocol.sealed import load_key
 from protocol.terminal import exit_on_error
 from protocol.tls import Identity, check_name
-from server.certificates import DAYS, Authority
+from server.certificates import DAYS, Authority, holder
 from server.config import DealerSettings, ServerSettings, Settings, read_settings
 from server.logs import set_up
 from server.state import State
@@ -36,7 +36,8 @@ Insecure = Annotated[bool | None, typer.Option("--insecure", help="Plaintext tra
 MetricsAt = Annotated[str | None, typer.Option("--metrics", help="HOST:PORT to serve Prometheus metrics on.")]
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Logs as JSON lines.")]
 Grace = Annotated[float | None, typer.Option(help="Seconds that running calls get to finish on SIGTERM.")]
-Hosts = Annotated[list[str] | None, typer.Option("--host", help="Name or address that peers use; repeatable. Default: localhost.")]
+Hosts = Annotated[list[str] | None, typer.Option("--host", help="Name or address that peers use; repeatable. Default: those of the renewed"
+                                                                " certificate, or localhost.")]
 Days = Annotated[int, typer.Option(help="Days that the certificate is valid.", min=1)]
 Renew = Annotated[bool, typer.Option("--renew", help="Replace an existing certificate.")]
 StateFolder = Annotated[Path, typer.Option("--state", help="The server's state folder.")]
@@ -44,18 +45,27 @@ Database = Annotated[str | None, typer.Option(help="SQLAlchemy address, if the d
 MasterKey = Annotated[Path | None, typer.Option(help="Master key file, if it is not in the state folder.")]
 
 
-def _init(folder: Path, identity: Identity, hosts: list[str] | None, days: int, renew: bool) -> None:
-    certificate, key = Authority(folder).issue(identity, hosts or ["localhost", "127.0.0.1"], days, renew)
+def _init(folder: Path, role: str, name: str | None, hosts: list[str] | None, days: int, renew: bool) -> None:
+    """Issue a certificate; a renewed one keeps the name and hosts that are not given."""
+    old = folder / f"{role}.pem"
+    if renew and old.exists() and not (name and hosts):
+        identity, known = holder(old)
+        name, hosts = name or identity.name, hosts or known
+    _issue(folder, Identity(role, check_name(name or role)), hosts or ["localhost", "127.0.0.1"], days, renew)
+
+
+def _issue(folder: Path, identity: Identity, hosts: list[str], days: int, renew: bool) -> None:
+    certificate, key = Authority(folder).issue(identity, hosts, days, renew)
     print(f"wrote {certificate} and {key}, valid for {days} days; peers trust them with --ca {folder / 'ca.pem'}")
 
 
 @server_app.command("init")
 @exit_on_error("relucent-server")
 def init_server(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem and the certificates.")],
-                name: Annotated[str, typer.Option(help="Name of this server.")] = "server", host: Hosts = None, days: Days = DAYS,
-                renew: Renew = False) -> None:
+                name: Annotated[str | None, typer.Option(help="Name of this server. Default: the renewed one's, or server.")] = None,
+                host: Hosts = None, days: Days = DAYS, renew: Renew = False) -> None:
     """Make a certificate for a server, and an authority if FOLDER has none."""
-    _init(folder, Identity("server", check_name(name)), host, days, renew)
+    _init(folder, "server", name, host, days, renew)
 
 
 @dealer_app.command("init")
@@ -63,7 +73,7 @@ def init_server(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem a
 def init_dealer(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem and the certificates.")], host: Hosts = None,
                 days: Days = DAYS, renew: Renew = False) -> None:
     """Make a certificate for the dealer, and an authority if FOLDER has none."""
-    _init(folder, Identity("dealer", "dealer"), host, days, renew)
+    _init(folder, "dealer", "dealer", host, days, renew)
 
 
 @server_app.command("certify")
@@ -71,7 +81,7 @@ def init_dealer(folder: Annotated[Path, typer.Argument(help="Folder for ca.pem a
 def certify(folder: Annotated[Path, typer.Argument(help="Folder of the authority, made by `init`.")],
             name: Annotated[str, typer.Argument(help="Name of the client.")], days: Days = DAYS, renew: Renew = False) -> None:
     """Make a certificate for a client that connects to --listen-certified."""
-    _init(folder, Identity("client", check_name(name)), [], days, renew)
+    _issue(folder, Identity("client", check_name(name)), [], days, renew)
 
 
 def _server_settings(config: Path | None, flags: dict[str, Any]) -> ServerSettings:

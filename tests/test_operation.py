@@ -32,7 +32,7 @@ from protocol.sealed import load_key, read_sealed, seal, unseal, write_sealed
 from protocol.storage import client_parts, read_client, read_server, server_parts
 from protocol.tls import Identity, load_key_pair, parse_identity
 from protocol.transport import Security, connect
-from server.certificates import Authority
+from server.certificates import Authority, holder
 from server.config import DealerSettings, ServerSettings, read_settings
 from server.sessions import Sessions
 from server.state import State
@@ -146,6 +146,25 @@ def test_certificates(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="token or certificate is not sent over plaintext"):
         connect("localhost:1", Security(token="x", insecure=True))
     assert "x" not in repr(Security(token="x"))
+
+
+@pytest.mark.parametrize("app", ["server", "dealer"])
+def test_a_renewed_certificate_keeps_its_names(app: str, tmp_path: Path) -> None:
+    own = ["--name", "alpha"] if app == "server" else []
+    path, hosts = tmp_path / f"{app}.pem", ["inference.example.org", "10.0.0.1", "::1"]
+    assert program(app, "init", tmp_path, *own, *(word for host in hosts for word in ("--host", host))).returncode == 0
+    before, named = path.read_bytes(), holder(path)
+    assert named == (Identity(app, "alpha" if own else app), hosts)
+    done = program(app, "init", tmp_path, "--renew")
+    assert done.returncode == 0, done.stderr
+    assert (path.read_bytes() != before, holder(path)) == (True, named)
+    assert program(app, "init", tmp_path, "--renew", "--host", "other.example.org").returncode == 0
+    assert holder(path) == (named[0], ["other.example.org"])
+    path.write_text("damaged")
+    mistake(program(app, "init", tmp_path, "--renew"), 2, "whom it names", "--host")
+    own = ["--name", "beta"] if app == "server" else []
+    assert program(app, "init", tmp_path, "--renew", "--host", "localhost", *own).returncode == 0
+    assert holder(path) == (Identity(app, "beta" if own else app), ["localhost"])
 
 
 def test_restart_keeps_unused_material_and_delta(site: Site, mixed_model: Model) -> None:
