@@ -13,13 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from protocol.sealed import load_key
 from protocol.terminal import exit_on_error
 from protocol.tls import Identity, check_name
 from server.certificates import DAYS, Authority, holder
-from server.config import DealerSettings, ServerSettings, Settings, read_settings
+from server.config import DatabaseSettings, DealerSettings, ServerSettings, Settings, read_settings
 from server.logs import set_up
-from server.state import State
+from server.state import State, open_state, without_password
 
 server_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                          help="Serve compiled models for private inference.")
@@ -40,8 +39,9 @@ Hosts = Annotated[list[str] | None, typer.Option("--host", help="Name or address
                                                                 " certificate, or localhost.")]
 Days = Annotated[int, typer.Option(help="Days that the certificate is valid.", min=1)]
 Renew = Annotated[bool, typer.Option("--renew", help="Replace an existing certificate.")]
-StateFolder = Annotated[Path, typer.Option("--state", help="The server's state folder.")]
-Database = Annotated[str | None, typer.Option(help="SQLAlchemy address, if the database is not in the state folder.")]
+StateFolder = Annotated[Path | None, typer.Option("--state", help="The server's state folder.")]
+Database = Annotated[str | None, typer.Option(help="SQLAlchemy address, if the database is not in the state folder; with a password in it"
+                                              " give it in the file or in RELUCENT_SERVER_DATABASE.")]
 MasterKey = Annotated[Path | None, typer.Option(help="Master key file, if it is not in the state folder.")]
 
 
@@ -114,7 +114,7 @@ def serve_models(
     """Serve MODELS until SIGTERM; SIGHUP reads them again. Prints one line with the address once it is ready."""
     settings = _server_settings(config, {k: v for k, v in locals().items() if k != "config"})
     from server.catalogue import load_models
-    from server.host import open_state, run_server, run_workers
+    from server.host import run_server, run_workers
 
     set_up(settings.log_json, settings.log_level)
     if settings.processes == 1:
@@ -155,14 +155,14 @@ def check_config(
 ) -> None:
     """Check settings, certificates, models and database without serving."""
     from server.catalogue import load_models
-    from server.host import open_state
 
     settings = read_settings(ServerSettings, config, {})
     settings.security.pair()
     loaded = load_models(settings.models)
     open_state(settings).close()
     if as_json:
-        print(settings.model_dump_json(indent=1))
+        shown = {"database": without_password(settings.database)} if settings.database is not None else {}
+        print(json.dumps(settings.model_dump(mode="json") | shown, indent=1))
     else:
         print(f"{config} is good: {', '.join(m.public.name for m in loaded)}; dealer {settings.dealer}; listens on {settings.listen}")
 
@@ -198,33 +198,34 @@ def check_dealer_config(config: Annotated[Path, typer.Option("--config", help="T
 # --- API tokens -----------------------------------------------------------------------------------------------------
 
 
-def _tokens(state: Path, database: str | None, master_key: Path | None) -> State:
-    key = load_key(master_key or state / "master.key")
-    return State(database or f"sqlite:///{(state / 'state.db').absolute()}", key)
+def _database(config: Path | None, state: Path | None, database: str | None, master_key: Path | None, existing: bool = True) -> State:
+    """The server's database, found as the server itself finds it. existing: refuse to make one."""
+    settings = read_settings(DatabaseSettings, config, {"state": state, "database": database, "master_key": master_key})
+    return open_state(settings, existing or (settings.state is None and settings.database is None))
 
 
 @token_app.command("create")
 @exit_on_error("relucent-server")
 def create_token(
-    names: Annotated[list[str], typer.Argument(help="Name of the client; several for a token each.")], state: StateFolder,
+    names: Annotated[list[str], typer.Argument(help="Name of the client; several for a token each.")],
     days: Annotated[float | None, typer.Option(help="Days that it is valid; default for ever.", min=0.001)] = None,
-    database: Database = None, master_key: MasterKey = None,
+    config: Config = None, state: StateFolder = None, database: Database = None, master_key: MasterKey = None,
 ) -> None:
     """Make tokens and print them, one a line, once; the server stores a hash only."""
-    opened = _tokens(state, database, master_key)
     for name in names:
         check_name(name)
+    opened = _database(config, state, database, master_key, existing=False)
     for name in names:
         print(opened.create_token(name, days))
 
 
 @server_app.command("deny")
 @exit_on_error("relucent-server")
-def deny(name: Annotated[str, typer.Argument(help="Name of the client, as in its certificate or token.")], state: StateFolder,
-         database: Database = None, master_key: MasterKey = None,
+def deny(name: Annotated[str, typer.Argument(help="Name of the client, as in its certificate or token.")],
+         config: Config = None, state: StateFolder = None, database: Database = None, master_key: MasterKey = None,
          undo: Annotated[bool, typer.Option("--undo", help="Let the client in again.")] = False) -> None:
     """Refuse a client from now on, certificates included, and destroy its prepared material."""
-    opened = _tokens(state, database, master_key)
+    opened = _database(config, state, database, master_key)
     if undo:
         opened.allow(name)
         print(f"{name} is let in again")
@@ -236,10 +237,10 @@ def deny(name: Annotated[str, typer.Argument(help="Name of the client, as in its
 
 @token_app.command("list")
 @exit_on_error("relucent-server")
-def list_tokens(state: StateFolder, database: Database = None, master_key: MasterKey = None,
+def list_tokens(config: Config = None, state: StateFolder = None, database: Database = None, master_key: MasterKey = None,
                 as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """All tokens, without the tokens themselves."""
-    opened = _tokens(state, database, master_key)
+    opened = _database(config, state, database, master_key)
     now, rows = opened.clock(), opened.list_tokens()
     if as_json:
         print(json.dumps([{**vars(t), "valid": t.valid(now)} for t in rows]))
@@ -256,10 +257,10 @@ def list_tokens(state: StateFolder, database: Database = None, master_key: Maste
 
 @token_app.command("revoke")
 @exit_on_error("relucent-server")
-def revoke_token(which: Annotated[str, typer.Argument(help="Id of a token, or name of a client: all of its tokens.")], state: StateFolder,
-                 database: Database = None, master_key: MasterKey = None) -> None:
+def revoke_token(which: Annotated[str, typer.Argument(help="Id of a token, or name of a client: all of its tokens.")],
+                 config: Config = None, state: StateFolder = None, database: Database = None, master_key: MasterKey = None) -> None:
     """Refuse a token from now on, and destroy its client's prepared material."""
-    opened = _tokens(state, database, master_key)
+    opened = _database(config, state, database, master_key)
     revoked = opened.revoke_token(which)
     destroyed = sum(len(opened.drop_materials_of(Identity("client", name).uri)) for name in {t.name for t in revoked})
     print(f"revoked {len(revoked)} token(s) and destroyed {destroyed} prepared material(s)")

@@ -52,13 +52,31 @@ class Settings(BaseSettings):
         return self
 
 
-class ServerSettings(Settings):
+class DatabaseSettings(BaseSettings):
+    """Where a server keeps what outlives it; all that the commands beside the server need of its settings.
+
+    state: folder for tokens and prepared material; without one both live in memory. database: SQLAlchemy address in place of the
+    SQLite file there. master_key: file; default master.key in the folder.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RELUCENT_SERVER_", extra="ignore")
+
+    state: Path | None = None
+    database: str | None = None
+    master_key: Path | None = None
+
+    @model_validator(mode="after")
+    def _keyed(self) -> DatabaseSettings:
+        if self.database is not None and self.master_key is None and self.state is None:
+            raise ValueError("a database needs master_key, the same file for all processes")
+        return self
+
+
+class ServerSettings(Settings, DatabaseSettings):
     """Of relucent-server.
 
     models: compiled model files and folders of such; the first is the default. dealer: HOST:PORT.
     listen: for clients with an API token. listen_certified: for clients with a certificate of `client_ca`.
-    state: folder for tokens and prepared material; without one both live in memory. database: SQLAlchemy address in place of the
-    SQLite file there. master_key: file; default master.key in the folder.
     stock_mb: all prepared material; client_stock_mb: one client's; memory_mb: of it, in memory too. lifetime_s: of material.
     sessions: calls that compute at once, client_sessions for one client; waiting, client_waiting: calls that may wait, for wait_s.
     client_rate: calls that one client may begin in a minute; 0 for any number.
@@ -73,9 +91,6 @@ class ServerSettings(Settings):
     listen: str = "127.0.0.1:7001"
     listen_certified: str | None = None
     client_ca: Path | None = None
-    state: Path | None = None
-    database: str | None = None
-    master_key: Path | None = None
     stock_mb: PositiveInt = 4096
     client_stock_mb: PositiveInt = 2048
     memory_mb: int = Field(2048, ge=0)
@@ -96,8 +111,6 @@ class ServerSettings(Settings):
     def _together(self) -> ServerSettings:
         if (self.listen_certified is None) != (self.client_ca is None):
             raise ValueError("listen_certified and client_ca are given together")
-        if self.database is not None and self.master_key is None and self.state is None:
-            raise ValueError("a database needs master_key, the same file for all processes")
         if self.processes > 1 and self.state is None and self.database is None:
             raise ValueError("several processes share their state: give a state folder")
         if self.wait_s >= self.idle_s:
@@ -128,7 +141,7 @@ class DealerSettings(Settings):
         return self
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=BaseSettings)
 
 
 def read_settings(kind: type[S], config: Path | None, flags: dict[str, Any]) -> S:

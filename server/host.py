@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
-from protocol.errors import InputError, PeerError, RelucentError, StorageError
+from protocol.errors import InputError, PeerError, RelucentError
 from protocol.model import Model
 from protocol.sealed import load_key
 from protocol.tls import seconds_left
@@ -33,7 +32,7 @@ from server.dealer import DealerService
 from server.metrics import Metrics
 from server.service import Access, InferenceService, Limits
 from server.sessions import Sessions
-from server.state import State
+from server.state import open_state
 from server.stock import Stock
 
 log = logging.getLogger("relucent")
@@ -47,22 +46,6 @@ DOWNLOADS = (64, 16, 128, 64)
 REGISTER_S = 30.0
 SWEEP_S = 60.0
 RESTART_S = 1.0
-
-
-def open_state(settings: ServerSettings) -> State:
-    """The database of the settings; in memory if they name none. Raises InputError, StorageError."""
-    if settings.state is None and settings.database is None:
-        return State("sqlite://", os.urandom(32))
-    folder = settings.state
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder with --state") from error
-    key_file = settings.master_key or (folder / "master.key" if folder is not None else None)
-    assert key_file is not None  # the schema says so
-    url = settings.database or f"sqlite:///{(folder / 'state.db').absolute()}"  # type: ignore[operator]
-    return State(url, load_key(key_file))
 
 
 class Running:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -29,6 +31,8 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
+    make_url,
     select,
     update,
 )
@@ -36,8 +40,9 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from protocol.errors import AccessDenied, InputError, StorageError
-from protocol.sealed import KEY_BYTES, seal, unseal
+from protocol.sealed import KEY_BYTES, load_key, seal, unseal
 from protocol.tls import Identity, check_name
+from server.config import DatabaseSettings
 
 TOKEN_PREFIX = "rlt_"  # noqa: S105  # what every token begins with, so that scanners recognise a leaked one
 DAY_S = 86_400.0
@@ -79,10 +84,10 @@ class State:
 
     Args:
         url: of SQLAlchemy, such as sqlite:////var/lib/relucent/state.db; "sqlite://" lives in memory.
-        master_key: 32 bytes.
+        master_key: 32 bytes. existing: raise InputError if no server has made the database.
     """
 
-    def __init__(self, url: str, master_key: bytes, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, master_key: bytes, clock: Callable[[], float] = time.time, existing: bool = False) -> None:
         self.clock, self._master_key = clock, master_key
         try:
             self._one_at_a_time: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -97,6 +102,11 @@ class State:
                              "write sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME, and install its driver") from error
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _set_up_sqlite)
+            file = self.engine.url.database
+            if existing and file is not None and not Path(file).exists():  # connecting would make it
+                raise _no_database()
+        if existing and not self.run(lambda connection: inspect(connection).has_table(materials.name)):
+            raise _no_database()
         self.run(lambda connection: _tables.create_all(connection))
 
     def run(self, work: Callable[[Any], Any]) -> Any:
@@ -252,6 +262,36 @@ class State:
         if self.engine.dialect.name == "sqlite":
             with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def open_state(settings: DatabaseSettings, existing: bool = False) -> State:
+    """The database of the settings, in memory if they name none; existing: of a server that has run. Raises InputError, StorageError."""
+    folder = settings.state
+    if folder is None and settings.database is None:
+        if existing:
+            raise _no_database()
+        return State("sqlite://", os.urandom(32))
+    key_file = settings.master_key or (folder / "master.key" if folder is not None else None)
+    assert key_file is not None  # the schema says so
+    if existing and not key_file.exists():  # it would be made
+        raise _no_database()
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder with --state") from error
+    url = settings.database or f"sqlite:///{(folder / 'state.db').absolute()}"  # type: ignore[operator]
+    return State(url, load_key(key_file), existing=existing)
+
+
+def _no_database() -> InputError:
+    return InputError("no server's database is there", "pass the server's own --config, or its --state")
+
+
+def without_password(url: str) -> str:
+    """A database's address as it may be shown."""
+    shown = make_url(url)
+    return shown.update_query_dict({key: "***" for key in shown.query if "pass" in key}).render_as_string(hide_password=True)
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

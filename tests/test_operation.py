@@ -35,7 +35,7 @@ from protocol.transport import Security, connect
 from server.certificates import Authority, holder
 from server.config import DealerSettings, ServerSettings, read_settings
 from server.sessions import Sessions
-from server.state import State
+from server.state import State, without_password
 from server.stock import Stock
 from tests.services import PIXELS, Serve, agrees, infer_messages, preprocess_open, steal, wait_for
 from tests.site import Site
@@ -274,6 +274,46 @@ def test_denied_clients(site: Site, mixed_model: Model) -> None:
             assert program("server", "deny", "eve", "--undo", "--state", site.folder / "state").returncode == 0
             agrees(client, mixed_model)
     mistake(program("server", "deny", "eve", "--undo", "--state", site.folder / "state"), 2, "not denied")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR")
+def test_commands_find_the_servers_own_database(kind: str, request: pytest.FixtureRequest, site: Site,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the server's file or environment; what no server has made is refused and not made, and a password is not shown."""
+    from sqlalchemy import create_engine, make_url, text
+
+    url, key, config = f"sqlite:///{site.folder / 's.db'}", site.folder / "k", site.folder / "server.toml"
+    if kind == "postgresql":
+        with create_engine(request.getfixturevalue("postgresql"), isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(text("CREATE DATABASE fresh"))
+        fresh = make_url(request.getfixturevalue("postgresql")).set(database="fresh", password="s3cret")
+        url = fresh.render_as_string(hide_password=False)
+    config.write_text(f'models = ["{site.model}"]\ndealer = "localhost:1"\ninsecure = true\ndatabase = "{url}"\nmaster_key = "{key}"\n')
+    deny = ["server", "deny", "alice"]
+    mistake(program(*deny, "--config", config), 2, "no server's database is there", "--config")
+    mistake(program(*deny), 2, "no server's database is there")
+    mistake(program("server", "token", "create", "alice"), 2, "no server's database is there")
+    mistake(program(*deny, "--state", site.folder / "typo"), 2, "no server's database is there")
+    assert not key.exists() and not (site.folder / "s.db").exists() and not (site.folder / "typo").exists()
+    key.write_bytes(bytes(32))
+    key.chmod(0o600)
+    mistake(program(*deny, "--config", config), 2, "no server's database is there")
+    assert not (site.folder / "s.db").exists()
+    checked = program("server", "check-config", "--config", config, "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert "s3cret" not in checked.stdout and '"database": "' in checked.stdout
+    token = program("server", "token", "create", "alice", "--config", config).stdout.strip()
+    state = State(url, bytes(32))
+    assert state.identify(token).name == "alice"
+    assert "alice" in program("server", "token", "list", "--config", config).stdout
+    monkeypatch.setenv("RELUCENT_SERVER_DATABASE", url)
+    monkeypatch.setenv("RELUCENT_SERVER_MASTER_KEY", str(key))
+    assert program(*deny).stdout.startswith("alice is denied")
+    with pytest.raises(AccessDenied, match="denied"):
+        state.identify(token)
+    state.close()
+    assert without_password("postgresql+psycopg://u:s3cret@h/n?password=s3cret").count("s3cret") == 0
 
 
 @pytest.mark.parametrize("name", ["ca", "server", "dealer", "alice-key"])
