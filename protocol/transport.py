@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -103,8 +103,75 @@ class Security:
         return None if self.certificate is None or self.key is None else load_key_pair(self.certificate, self.key)
 
 
+class _Files:
+    """A party's own certificate and key as in its files, and the authorities that it trusts; read again once they change."""
+
+    def __init__(self, security: Security, with_ca: bool = True) -> None:
+        self._security = security if with_ca else replace(security, ca=None)
+        self._seen = self._times()
+        self._read()
+
+    def _times(self) -> list[int]:
+        files = (self._security.certificate, self._security.key, self._security.ca)
+        return [path.stat().st_mtime_ns for path in files if path is not None and path.exists()]
+
+    def _read(self) -> None:
+        pair, ca = self._security.pair(), load_ca(self._security.ca) if self._security.ca is not None else None
+        self.pair, self.ca = pair, ca
+
+    def renewed(self) -> bool:
+        """Whether they have changed since the last call; what cannot be used changes nothing."""
+        try:
+            now = self._times()
+            if now == self._seen:
+                return False
+            self._read()
+        except (OSError, InputError) as error:
+            log.error("the renewed certificate cannot be used, the old one stays: %s", error)
+            return False
+        self._seen = now
+        return True
+
+
+class _Renewable(grpc.Channel):  # type: ignore[misc]
+    """A channel with a certificate: once its files change, further calls go over a new connection; those that run keep theirs."""
+
+    def __init__(self, files: _Files, make: Callable[[_Files], grpc.Channel]) -> None:
+        self._files, self._make, self._lock = files, make, threading.Lock()
+        self._channel = make(files)
+
+    def _present(self) -> grpc.Channel:
+        with self._lock:
+            if self._files.renewed():
+                self._channel = self._make(self._files)
+            return self._channel
+
+    def _method(self, kind: str) -> Callable[..., Any]:
+        return lambda *of, **how: lambda *request, **terms: getattr(self._present(), kind)(*of, **how)(*request, **terms)
+
+    unary_unary = property(lambda self: self._method("unary_unary"))
+    unary_stream = property(lambda self: self._method("unary_stream"))
+    stream_unary = property(lambda self: self._method("stream_unary"))
+    stream_stream = property(lambda self: self._method("stream_stream"))
+
+    def subscribe(self, callback: Callable[[Any], None], try_to_connect: bool = False) -> None:
+        self._present().subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Callable[[Any], None]) -> None:
+        self._present().unsubscribe(callback)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> _Renewable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def connect(address: str, security: Security) -> grpc.Channel:
-    """A channel to a peer. Raises InputError for an address that cannot be one, and for unusable certificates."""
+    """A channel to a peer; it follows its certificate's files. Raises InputError for no address, and for unusable certificates."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise InputError(f"{address!r} is no address", "write HOST:PORT, such as 127.0.0.1:7001")
@@ -112,13 +179,17 @@ def connect(address: str, security: Security) -> grpc.Channel:
         if security.token is not None or security.certificate is not None:
             raise InputError("a token or certificate is not sent over plaintext", "leave --insecure out")
         return grpc.insecure_channel(address, OPTIONS)
-    key, chain = security.pair() or (None, None)
-    credentials = grpc.ssl_channel_credentials(load_ca(security.ca) if security.ca is not None else None, key, chain)
-    if security.token is not None:
-        if not security.token.isascii() or not security.token.isprintable() or not security.token:
-            raise InputError("the API token has characters that no token has", "check the token file")
-        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(security.token))
-    return grpc.secure_channel(address, credentials, OPTIONS)
+    if security.token is not None and not (security.token.isascii() and security.token.isprintable() and security.token):
+        raise InputError("the API token has characters that no token has", "check the token file")
+
+    def make(files: _Files) -> grpc.Channel:
+        credentials = grpc.ssl_channel_credentials(files.ca, *(files.pair or (None, None)))
+        if security.token is not None:
+            credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(security.token))
+        return grpc.secure_channel(address, credentials, OPTIONS)
+
+    files = _Files(security)
+    return make(files) if security.certificate is None else _Renewable(files, make)
 
 
 def listen(server: grpc.Server, address: str, security: Security, verify_peers: bool = False) -> str:
@@ -132,12 +203,18 @@ def listen(server: grpc.Server, address: str, security: Security, verify_peers: 
     if security.insecure:
         add = server.add_insecure_port
     else:
-        pair = security.pair()
-        if pair is None:
+        if security.certificate is None:
             raise InputError("no certificate", "make one with `init` and pass --certificate and --key, or --insecure on trusted networks")
         if verify_peers and security.ca is None:
             raise InputError("no CA certificate to verify peers with", "pass --ca")
-        credentials = _renewable(security, pair, verify_peers)
+        files = _Files(security, verify_peers)
+
+        def configuration() -> Any:
+            assert files.pair is not None  # a certificate is given
+            return grpc.ssl_server_certificate_configuration([files.pair], files.ca)
+
+        credentials = grpc.dynamic_ssl_server_credentials(
+            configuration(), lambda: configuration() if files.renewed() else None, verify_peers)
 
         def add(where: str) -> int:
             return int(server.add_secure_port(where, credentials))
@@ -149,33 +226,6 @@ def listen(server: grpc.Server, address: str, security: Security, verify_peers: 
     if bound == 0:
         raise PeerError(f"cannot listen on {address}", "is the port in use by another program?")
     return f"{host}:{bound}"
-
-
-def _renewable(security: Security, pair: tuple[bytes, bytes], verify_peers: bool) -> grpc.ServerCredentials:
-    """Credentials whose files are read again once they change: a renewed certificate counts for the next connection."""
-    ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
-    files = [path for path in (security.certificate, security.key, security.ca if verify_peers else None) if path is not None]
-
-    def times() -> list[int]:
-        return [path.stat().st_mtime_ns for path in files]
-
-    seen = times()
-
-    def fetch() -> Any:
-        nonlocal seen
-        try:
-            now = times()
-            if now == seen:
-                return None
-            fresh = security.pair()
-            fresh_ca = load_ca(security.ca) if verify_peers and security.ca is not None else None
-        except (OSError, InputError) as error:
-            log.error("the renewed certificate cannot be used, the old one stays: %s", error)
-            return None
-        seen = now
-        return grpc.ssl_server_certificate_configuration([fresh], fresh_ca)
-
-    return grpc.dynamic_ssl_server_credentials(grpc.ssl_server_certificate_configuration([pair], ca), fetch, verify_peers)
 
 
 def certified(context: grpc.ServicerContext) -> Identity | None:

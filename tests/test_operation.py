@@ -31,7 +31,7 @@ from protocol.plan import make_plan
 from protocol.sealed import load_key, read_sealed, seal, unseal, write_sealed
 from protocol.storage import client_parts, read_client, read_server, server_parts
 from protocol.tls import Identity, load_key_pair, parse_identity
-from protocol.transport import Security, connect
+from protocol.transport import Security, connect, listen
 from server.certificates import Authority, holder
 from server.config import DealerSettings, ServerSettings, read_settings
 from server.sessions import Sessions
@@ -242,6 +242,53 @@ def test_certificates_are_renewed_without_a_restart(site: Site, mixed_model: Mod
     assert serial() != before
     with site.client(token=token) as client:
         agrees(client, mixed_model)
+
+
+def test_a_channel_follows_its_certificate(tmp_path: Path) -> None:
+    """Calls after a renewal show the new certificate, while one that runs goes on with the old."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def serial(context: grpc.ServicerContext) -> bytes:
+        return context.auth_context()["x509_pem_cert"][0]
+
+    def twice(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        yield from (serial(context) for _ in requests)
+
+    authority = Authority(tmp_path)
+    authority.issue(Identity("dealer", "dealer"), ["127.0.0.1"])
+    certificate, key = authority.issue(Identity("server", "server"), [])
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x", {
+        "one": grpc.unary_unary_rpc_method_handler(lambda _, context: serial(context)),
+        "two": grpc.stream_stream_rpc_method_handler(twice)}),))
+    address = listen(server, "127.0.0.1:0", Security(tmp_path / "ca.pem", tmp_path / "dealer.pem", tmp_path / "dealer-key.pem"), True)
+    server.start()
+    with connect(address, Security(tmp_path / "ca.pem", certificate, key)) as channel:
+        show, go_on = channel.unary_unary("/x/one"), threading.Event()
+        before = certificate.read_bytes()
+        assert show(b"", timeout=5) == before
+        running = channel.stream_stream("/x/two")((b"" for _ in range(2) if _ == 0 or go_on.wait(5)), timeout=10)
+        assert next(running) == before
+        key.write_bytes(b"half written")
+        assert show(b"", timeout=5) == before
+        authority.issue(Identity("server", "server"), [], renew=True)
+        assert show(b"", timeout=5) == certificate.read_bytes() != before
+        go_on.set()
+        assert next(running) == before
+    server.stop(0)
+
+
+def test_a_renewed_server_goes_on_with_its_dealer(site: Site, mixed_model: Model) -> None:
+    """The dealer refuses an expired certificate; the renewed one is used towards it without a restart."""
+    site.dealer()
+    certificate, _ = Authority(site.folder).issue(Identity("server", "server"), ["localhost", "127.0.0.1"], days=20 / 86400, renew=True)
+    expires = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
+    site.server()
+    with site.client(token=site.token()) as client:
+        agrees(client, mixed_model)
+        Authority(site.folder).issue(Identity("server", "server"), ["localhost", "127.0.0.1"], renew=True)
+        time.sleep(max(expires + 1 - time.time(), 0))
+        client.preprocess(1)
 
 
 def test_certificate_that_expires_while_connected(site: Site, mixed_model: Model) -> None:
