@@ -384,23 +384,25 @@ def when_over(context: grpc.ServicerContext, action: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | None = None) -> Iterator[Callable[[], None]]:
+def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | None = None,
+               first_s: float | None = None) -> Iterator[Callable[[], None]]:
     """Cancel the call after `limit_s` seconds, or `idle_s` after the last `touch`, whatever the peer's own deadline.
 
-    Yields `touch`, to be called at every message.
+    first_s: until the first `touch`, if that is another time. Yields `touch`, to be called at every message.
     """
     over = threading.Event()
     started = last = time.monotonic()
+    bound_s = idle_s if first_s is None else first_s
 
     def touch() -> None:
-        nonlocal last
-        last = time.monotonic()
+        nonlocal last, bound_s
+        last, bound_s = time.monotonic(), idle_s
 
     def watch() -> None:
         while True:
             left = started + limit_s - time.monotonic()
-            if idle_s is not None:
-                left = min(left, last + idle_s - time.monotonic())
+            if bound_s is not None:
+                left = min(left, last + bound_s - time.monotonic())
             if left <= 0:
                 log.warning("a call is cancelled: it stood still, or took too long")
                 context.cancel()
@@ -425,11 +427,11 @@ class Session:
 
 
 def run_session(what: str, work: Callable[[Session], None], requests: Iterator[Any], context: grpc.ServicerContext, limit_s: float,
-                idle_s: float | None = None) -> Iterator[Any]:
+                idle_s: float | None = None, first_s: float | None = None) -> Iterator[Any]:
     """Serve one streaming call under an id of its own: `work(session)` runs in a thread of its own, what it sends is yielded.
 
-    The call is cancelled after `limit_s` seconds, or when there was no message either way and no `touch` for `idle_s`, whatever
-    the peer's own deadline; an error is logged as one of `what`, and becomes the call's status.
+    The call is cancelled after `limit_s` seconds, or when there was no message either way and no `touch` for `idle_s` (`first_s`
+    before the first), whatever the peer's own deadline; an error is logged as one of `what`, and becomes the call's status.
     """
     request_id.set(secrets.token_hex(6))
     outgoing: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=16)
@@ -461,7 +463,7 @@ def run_session(what: str, work: Callable[[Session], None], requests: Iterator[A
             failure = None  # its traceback holds this frame, and with it all that the session held
 
     try:
-        with time_limit(context, limit_s, idle_s) as touch:
+        with time_limit(context, limit_s, idle_s, first_s) as touch:
 
             def heard() -> Iterator[Any]:
                 for request in requests:

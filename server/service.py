@@ -46,7 +46,7 @@ from protocol.wire import (
     check_version,
     to_chunks,
 )
-from server.catalogue import Catalogue, HostedModel
+from server.catalogue import Catalogue, HostedModel, Published
 from server.metrics import Metrics
 from server.sessions import Sessions
 from server.state import State
@@ -54,6 +54,8 @@ from server.stock import Stock
 
 log = logging.getLogger("relucent.server")
 Reply = TypeVar("Reply")
+OPENING_S = 10.0
+"""How long a session's first message may take."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +168,15 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     def _session(self, phase: str, requests: Iterator[Any], context: grpc.ServicerContext,
                  work: Callable[[Identity, Session], None]) -> Iterator[Any]:
-        """One streaming call: identified, queued, timed, counted; its error becomes its status."""
+        """One streaming call: identified, timed, counted; its error becomes its status. `work` queues once it has read what is wanted."""
 
         def run(session: Session) -> None:
             with self._metrics.phase(phase):
-                identity = self._access.identify(context)
-                with self._sessions.slot(identity.uri):
-                    work(identity, session)
+                work(self._access.identify(context), session)
             log.info("%s done", phase)
 
-        yield from run_session(phase, run, requests, context, self._limits.timeout_s, self._limits.idle_s)
+        idle_s = self._limits.idle_s
+        yield from run_session(phase, run, requests, context, self._limits.timeout_s, idle_s, min(OPENING_S, idle_s))
 
     def Preprocess(self, request_iterator: Iterator[pb.PreprocessUp], context: grpc.ServicerContext) -> Iterator[pb.PreprocessDown]:
         def work(identity: Identity, session: Session) -> None:
@@ -186,6 +187,10 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             plan, published = self._plan(hosted, opening.batch), hosted.published()
             if not hmac.compare_digest(opening.delta_id, published.delta_id):
                 raise ModelMismatch("the client's Delta is outdated", "fetch Delta again")
+            with self._sessions.slot(identity.uri):
+                prepare(identity, session, hosted, plan, published, client_id)
+
+        def prepare(identity: Identity, session: Session, hosted: HostedModel, plan: Plan, published: Published, client_id: bytes) -> None:
             material_id = self._stock.reserve(plan, client_id, identity.uri)
             try:
                 session.send(pb.PreprocessDown(material_id=material_id))
@@ -218,11 +223,15 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
 
     def Infer(self, request_iterator: Iterator[pb.InferUp], context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
         def work(identity: Identity, session: Session) -> None:
-            started = time.perf_counter()
             opening = next_kind(session.incoming, "open")
             check_version(opening.protocol_version)
             check_bytes(opening.material_id, ID_BYTES, "the material id")
             hosted = self._catalogue.identified(opening.model_id)
+            with self._sessions.slot(identity.uri):
+                infer(session, hosted, opening)
+
+        def infer(session: Session, hosted: HostedModel, opening: pb.InferOpen) -> None:
+            started = time.perf_counter()
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
             context.send_initial_metadata(((ACCEPTED_KEY, "1"),))

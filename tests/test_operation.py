@@ -805,6 +805,26 @@ def test_idle_sessions_end(serve: Serve, relu_model: Model) -> None:
         wait_for(lambda: not services.materials())
 
 
+def test_silent_callers_take_no_turn(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens calls and says nothing, or nothing sensible, keeps nobody waiting, and is cut off soon."""
+    import server.service as module
+
+    monkeypatch.setattr(module, "OPENING_S", 3.0)
+    services = serve(relu_model, slots=1, wait_s=1.0, idle_s=60.0)
+    with services.client() as client, contextlib.ExitStack() as stack:
+        hold = threading.Event()
+        stack.callback(hold.set)
+        started = time.monotonic()
+        silent = [call(iter(hold.wait, True), timeout=30) for call in (client._server.Preprocess, client._server.Infer) for _ in range(4)]
+        time.sleep(0.3)
+        agrees(client, relu_model)
+        for call in silent:
+            with pytest.raises(grpc.RpcError):
+                list(call)
+        assert time.monotonic() - started < 15
+    assert services.sessions.counts() == (0, 0)
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
