@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import nan
 from time import perf_counter
 from wsgiref.simple_server import WSGIServer
 
@@ -12,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from protocol.errors import AccessDenied, RelucentError, ResourceLimit
 
+log = logging.getLogger("relucent")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
 
 
@@ -31,8 +34,28 @@ class Metrics:
         self.errors = Counter(f"{prefix}_errors", "Calls that failed, by kind of error", ["kind"], registry=self.registry)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is computed when it is read."""
-        Gauge(name, text, registry=self.registry).set_function(value)
+        """A gauge that is computed when it is read; NaN if that fails, so that the others can still be read."""
+
+        def read() -> float:
+            try:
+                return value()
+            except Exception as error:
+                log.warning("%s cannot be read: %s", name, type(error).__name__)
+                return nan
+
+        Gauge(name, text, registry=self.registry).set_function(read)
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Count a call that is refused, or fails."""
+        try:
+            yield
+        except (ResourceLimit, AccessDenied) as error:
+            self.refusals.labels(type(error).__name__).inc()
+            raise
+        except Exception as error:
+            self.errors.labels(type(error).__name__ if isinstance(error, RelucentError) else "Internal").inc()
+            raise
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,14 +64,11 @@ class Metrics:
         self.running.inc()
         outcome = "failed"
         try:
-            yield
+            with self.failures():
+                yield
             outcome = "done"
-        except (ResourceLimit, AccessDenied) as error:
+        except (ResourceLimit, AccessDenied):
             outcome = "refused"
-            self.refusals.labels(type(error).__name__).inc()
-            raise
-        except BaseException as error:
-            self.errors.labels(type(error).__name__ if isinstance(error, RelucentError) else "Internal").inc()
             raise
         finally:
             self.running.dec()

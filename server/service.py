@@ -109,17 +109,10 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
     # --- public information ---------------------------------------------------------------------------------------
 
     def _answer(self, what: str, context: grpc.ServicerContext, version: int, make: Callable[[], Reply]) -> Reply:
-        with answering(what, context):
-            self._identify(context)
+        with answering(what, context), self._metrics.failures():
+            self._access.identify(context)
             check_version(version)
             return make()
-
-    def _identify(self, context: grpc.ServicerContext) -> Identity:
-        try:
-            return self._access.identify(context)
-        except AccessDenied as error:
-            self._metrics.refusals.labels(type(error).__name__).inc()
-            raise
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ModelList:
         def make() -> pb.ModelList:
@@ -153,8 +146,8 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
         yield from self._fetch(request, context, delta)
 
     def _fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext, get: Callable[[HostedModel], bytes]) -> Iterator[pb.Chunk]:
-        with answering("download", context):
-            identity = self._identify(context)
+        with answering("download", context), self._metrics.failures():
+            identity = self._access.identify(context)
             check_version(request.protocol_version)
             with self._downloads.slot(identity.uri), time_limit(context, self._limits.timeout_s, self._limits.idle_s) as touch:
                 data = get(self._catalogue.identified(request.model_id))

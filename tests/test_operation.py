@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.relay import Relay
 from client import Client, list_models
+from protocol import relucent_pb2 as pb
 from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, RelucentError, ResourceLimit, StorageError
 from protocol.inference import preprocess
 from protocol.links import Link
@@ -191,7 +192,6 @@ def test_restart_keeps_unused_material_and_delta(site: Site, mixed_model: Model)
 @pytest.mark.parametrize("messages", [0, 1, 4])
 def test_killed_server_never_takes_material_again(messages: int, site: Site, mixed_model: Model) -> None:
     """kill -9 of the server after some messages of the online phase: the id is refused ever after."""
-    from protocol import relucent_pb2 as pb
     from protocol import ring
     from protocol.wire import to_chunks
 
@@ -934,6 +934,34 @@ def test_metrics_health_and_drain(site: Site, mixed_model: Model) -> None:
     entries = [json.loads(line) for line in (site.folder / "server1.log").read_text().splitlines() if line.startswith("{")]
     assert any(e["message"] == "online done" and len(e["request"]) == 12 for e in entries)
     assert any("reloading models failed" in e["message"] for e in entries)
+
+
+def scrape(site: Site, number: int = 1) -> str:
+    """The metrics of one of the programs, by the address that its log names."""
+    (address,) = re.findall(r"http://\S+/metrics", "".join(p.read_text() for p in site.folder.glob(f"*{number}.log")))
+    return urllib.request.urlopen(address, timeout=5).read().decode()
+
+
+def test_metrics_outlive_the_database(site: Site, mixed_model: Model) -> None:
+    import sqlite3
+
+    site.dealer()
+    site.server("--metrics", "127.0.0.1:0")
+    token = site.token()
+    with site.client(token=token) as client:
+        assert "relucent_server_stock_bytes 0.0" in scrape(site)
+        with sqlite3.connect(site.folder / "state" / "state.db") as database:
+            database.execute("DROP TABLE materials")
+        with pytest.raises(ModelMismatch):
+            site.client(token=token, model="none")
+        with pytest.raises(StorageError):
+            client.preprocess(1)
+        with pytest.raises(grpc.RpcError):
+            client._server.Discard(pb.DiscardRequest(material_ids=[bytes(16)], client_secrets=[bytes(32)]), timeout=5)
+        text = scrape(site)
+    for line in ("relucent_server_stock_bytes NaN", "relucent_server_sessions_waiting 0.0",
+                 'relucent_server_errors_total{kind="StorageError"} 2.0', 'relucent_server_errors_total{kind="ModelMismatch"} 2.0'):  # clients look twice
+        assert line in text, text
 
 
 def test_worker_processes_share_a_port(site: Site, mixed_model: Model) -> None:
