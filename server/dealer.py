@@ -153,7 +153,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         if opening.public_bytes > MAX_PUBLIC_BYTES:
             raise ResourceLimit("the public part of the model is too large")
         receiver = ChunkReceiver(lambda: next_kind(messages, "chunk"))
-        model = PublicModel.from_bytes(bytes(receiver.receive(opening.public_bytes)))
+        try:
+            model = PublicModel.from_bytes(bytes(receiver.receive(opening.public_bytes)))
+        finally:
+            self._metrics.bytes.labels("in").inc(receiver.bytes)
         if model.model_id != opening.model_id:
             raise ModelMismatch("the public part does not have the announced model id")
         make_plan(model, 1)
@@ -173,14 +176,16 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     # --- material -----------------------------------------------------------------------------------------------
 
     def FetchMaterial(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> Iterator[pb.MaterialDown]:
-        def work(session: Session) -> None:
-            party, registration = self._authenticate(request, context)
-            meeting = self._meet(party, request)
-            when_over(context, lambda: meeting.left(party))
-            with self._metrics.phase(f"material for the {party}"):
-                hand_over(party, registration, meeting, session.send)
+        party = "server" if request.WhichOneof("proof") == "registration_secret" else "client"  # as it says
 
-        def hand_over(party: str, registration: _Registration, meeting: _Meeting, transmit: Callable[[Any], None]) -> None:
+        def work(session: Session) -> None:
+            with self._metrics.phase(f"material for the {party}"):
+                registration = self._authenticate(party, request, context)
+                meeting = self._meet(party, request)
+                when_over(context, lambda: meeting.left(party))
+                hand_over(registration, meeting, session.send)
+
+        def hand_over(registration: _Registration, meeting: _Meeting, transmit: Callable[[Any], None]) -> None:
             try:
                 if not meeting.both.wait(self._meeting_s):
                     raise PeerTimeout("the other party did not ask for its part in time")
@@ -201,7 +206,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
         yield from run_session("material", work, iter(()), context, DEAL_S)
 
-    def _authenticate(self, request: pb.MaterialRequest, context: grpc.ServicerContext) -> tuple[str, _Registration]:
+    def _authenticate(self, party: str, request: pb.MaterialRequest, context: grpc.ServicerContext) -> _Registration:
         check_version(request.protocol_version)
         check_bytes(request.material_id, ID_BYTES, "the material id")
         check_bytes(request.client_id, SECRET_BYTES, "the client id")
@@ -213,13 +218,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                 self._registrations.move_to_end(request.registration_id)
         if registration is None or registration.model.model_id != request.model_id:
             raise ModelMismatch("this model is not registered with the dealer")
-        kind = request.WhichOneof("proof")
-        if kind == "registration_secret":
-            party, proof, wanted = "server", request.registration_secret, request.registration_id
-        elif kind == "client_secret":
-            party, proof, wanted = "client", request.client_secret, request.client_id
-        else:
+        if request.WhichOneof("proof") is None:
             raise ProtocolViolation("a request for material without a proof")
+        proof, wanted = ((request.registration_secret, request.registration_id) if party == "server"
+                         else (request.client_secret, request.client_id))
         if not hmac.compare_digest(hashlib.sha256(proof).digest(), wanted):
             raise MaterialError("the proof does not match; this part belongs to somebody else")
         if party == "server" and self._server_name(context) not in registration.owners:
@@ -228,7 +230,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             raise ModelMismatch("the dealer holds other masks than Delta was made with")
         if party == "client" and is_plaintext(context) and not self._plaintext:
             raise AccessDenied("plaintext calls are refused", "use TLS")
-        return party, registration
+        return registration
 
     def _meet(self, party: str, request: pb.MaterialRequest) -> _Meeting:
         with self._lock:
@@ -259,10 +261,10 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         try:
             if not self._slots.acquire(timeout=MEETING_S):
                 raise ResourceLimit("the dealer is busy")
+            senders: dict[str, ChunkSender] = {}
             try:
                 plan = make_plan(registration.model, meeting.batch)
                 seeds = {party: Seed.fresh() for party in ("client", "server")}
-                senders = {}
                 for party in ("client", "server"):
                     meeting.put(party, pb.MaterialDown(seed=seeds[party].reveal()))
                     senders[party] = ChunkSender(lambda chunk, p=party: meeting.put(p, pb.MaterialDown(chunk=chunk)))  # type: ignore[misc]
@@ -271,6 +273,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                     meeting.put(party, None)
             finally:
                 self._slots.release()
+                self._metrics.bytes.labels("out").inc(sum(sender.bytes for sender in senders.values()))
         except PeerError:
             meeting.dead.set()
         except RelucentError as error:

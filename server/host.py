@@ -144,7 +144,7 @@ def run_server(settings: ServerSettings, models: list[Model], share_port: bool =
     sessions = Sessions(settings.sessions, settings.client_sessions, settings.waiting, settings.client_waiting, settings.wait_s,
                         settings.client_rate)
     metrics = Metrics("server")
-    metrics.watch("relucent_server_stock_bytes", "Prepared material, and material in preparation", stock.bytes_used)
+    metrics.watch("relucent_server_stock_bytes", "Prepared material, in preparation too, of all on this database", stock.bytes_used)
     metrics.watch("relucent_server_sessions_waiting", "Sessions that wait for their turn", lambda: sessions.counts()[1])
     limits = Limits(settings.max_batch, settings.timeout_s, settings.idle_s, settings.timelines)
     downloads = Sessions(*DOWNLOADS, settings.wait_s)

@@ -13,13 +13,22 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from protocol.errors import AccessDenied, RelucentError, ResourceLimit
+from protocol.transport import STATUS
 
 log = logging.getLogger("relucent")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
 
 
+PHASES = {"server": ("preprocessing", "online"), "dealer": ("registration", "material for the client", "material for the server")}
+OUTCOMES = ("done", "refused", "failed")
+REFUSALS = (ResourceLimit, AccessDenied)
+
+
 class Metrics:
-    """One process's figures. program: "server" or "dealer", the prefix of every name."""
+    """One process's figures. program: "server" or "dealer", the prefix of every name.
+
+    Every series is there from the start, at 0: one that came with its first event would hide that event from `increase`.
+    """
 
     def __init__(self, program: str) -> None:
         self.registry = CollectorRegistry()
@@ -28,10 +37,21 @@ class Metrics:
         self.phases = Histogram(f"{prefix}_phase_seconds", "Time of a phase, successful or not", ["phase"], buckets=SECONDS,
                                 registry=self.registry)
         self.done = Counter(f"{prefix}_sessions", "Sessions that ended, by phase and outcome", ["phase", "outcome"], registry=self.registry)
-        self.images = Counter(f"{prefix}_images", "Images classified", registry=self.registry)
+        if program == "server":
+            self.images = Counter(f"{prefix}_images", "Images classified", registry=self.registry)
         self.bytes = Counter(f"{prefix}_bytes", "Payload bytes, protobuf included", ["direction"], registry=self.registry)
         self.refusals = Counter(f"{prefix}_refusals", "Calls refused by policy", ["reason"], registry=self.registry)
         self.errors = Counter(f"{prefix}_errors", "Calls that failed, by kind of error", ["kind"], registry=self.registry)
+        for phase in PHASES[program]:
+            self.phases.labels(phase)
+            for outcome in OUTCOMES:
+                self.done.labels(phase, outcome)
+        for direction in ("in", "out"):
+            self.bytes.labels(direction)
+        for kind in REFUSALS:
+            self.refusals.labels(kind.__name__)
+        for name in ("Internal", *(kind.__name__ for kind in STATUS if kind not in REFUSALS)):
+            self.errors.labels(name)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A gauge that is computed when it is read; NaN if that fails, so that the others can still be read."""
@@ -50,7 +70,7 @@ class Metrics:
         """Count a call that is refused, or fails."""
         try:
             yield
-        except (ResourceLimit, AccessDenied) as error:
+        except REFUSALS as error:
             self.refusals.labels(type(error).__name__).inc()
             raise
         except Exception as error:
@@ -67,7 +87,7 @@ class Metrics:
             with self.failures():
                 yield
             outcome = "done"
-        except (ResourceLimit, AccessDenied):
+        except REFUSALS:
             outcome = "refused"
             raise
         finally:

@@ -155,6 +155,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                     raise ProtocolViolation("the offset lies behind the end of the data")
                 for chunk in to_chunks(0, (memoryview(data)[request.offset :],)):
                     touch()
+                    self._metrics.bytes.labels("out").inc(chunk.ByteSize() + FRAME_BYTES)
                     yield chunk
 
     # --- sessions -----------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 contents = preprocess_server(plan, DealtToServer(plan, seed, source), from_client)
                 self._stock.store(material_id, plan, contents)
                 self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
+                self._metrics.bytes.labels("out").inc(ID_BYTES + 2 * FRAME_BYTES)
                 session.send(pb.PreprocessDown(ready=pb.Ready(
                     dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES, lifetime_s=self._stock.lifetime_s)))
             except BaseException:

@@ -942,6 +942,43 @@ def scrape(site: Site, number: int = 1) -> str:
     return urllib.request.urlopen(address, timeout=5).read().decode()
 
 
+def test_metrics_count_everything(site: Site, mixed_model: Model) -> None:
+    """All series are there before anything happens; then traffic and refusals of both programs are counted."""
+    site.dealer("--metrics", "127.0.0.1:0")
+    site.server("--metrics", "127.0.0.1:0")
+
+    def values(number: int) -> dict[str, float]:
+        lines = (line.rpartition(" ") for line in scrape(site, number).splitlines() if line.startswith("relucent"))
+        return {name.partition("_")[2]: float(value) for name, _, value in lines}
+
+    dealer, server = values(0), values(1)
+    for one, program_, phase in ((dealer, "dealer", "material for the client"), (server, "server", "online")):
+        assert [one[f'{program_}_sessions_total{{outcome="{o}",phase="{phase}"}}'] for o in ("done", "refused", "failed")] == [0, 0, 0]
+        assert [one[f'{program_}_errors_total{{kind="{k}"}}'] for k in ("Internal", "StorageError", "MaterialError")] == [0, 0, 0]
+        assert [one[f'{program_}_refusals_total{{reason="{r}"}}'] for r in ("ResourceLimit", "AccessDenied")] == [0, 0]
+    assert "dealer_images_total" not in dealer
+    assert dealer['dealer_bytes_total{direction="in"}'] > 1000  # the registration
+    with site.client(token=site.token()) as client:
+        plan, delta = client._offer.plan(1), sum(t.nbytes for t in client._offer.delta.values())
+        out = values(1)['server_bytes_total{direction="out"}']
+        assert delta < out < 1.1 * delta + 100_000  # with the public model
+        with pytest.raises(grpc.RpcError):
+            list(client._dealer.FetchMaterial(pb.MaterialRequest(protocol_version=1), timeout=5))
+        with pytest.raises(grpc.RpcError):
+            list(client._server.FetchPublic(pb.FetchRequest(protocol_version=1, model_id="x"), timeout=5))
+        agrees(client, mixed_model)
+        dealer, server = values(0), values(1)
+        prepared, online = client.last_preprocessing, client.last_online
+    assert prepared is not None and online is not None
+    both = prepared.dealer_bytes + prepared.dealer_to_server_bytes
+    assert dealer['dealer_bytes_total{direction="out"}'] == pytest.approx(both, abs=200)
+    assert dealer['dealer_errors_total{kind="ProtocolViolation"}'] == 1
+    assert dealer['dealer_sessions_total{outcome="done",phase="material for the client"}'] == 1
+    assert server['server_errors_total{kind="ModelMismatch"}'] == 1
+    assert server['server_bytes_total{direction="out"}'] == out + online.bytes_down + prepared.bytes_down
+    assert server["server_images_total"] == plan.batch
+
+
 def test_metrics_outlive_the_database(site: Site, mixed_model: Model) -> None:
     import sqlite3
 
@@ -960,7 +997,8 @@ def test_metrics_outlive_the_database(site: Site, mixed_model: Model) -> None:
             client._server.Discard(pb.DiscardRequest(material_ids=[bytes(16)], client_secrets=[bytes(32)]), timeout=5)
         text = scrape(site)
     for line in ("relucent_server_stock_bytes NaN", "relucent_server_sessions_waiting 0.0",
-                 'relucent_server_errors_total{kind="StorageError"} 2.0', 'relucent_server_errors_total{kind="ModelMismatch"} 2.0'):  # clients look twice
+                 'relucent_server_errors_total{kind="StorageError"} 2.0',
+                 'relucent_server_errors_total{kind="ModelMismatch"} 2.0'):  # clients look twice
         assert line in text, text
 
 
