@@ -90,18 +90,19 @@ def fetch_offer(server: rpc.InferenceStub, name: str, cache: DeltaCache, timeout
 
 
 def _fetch(call: Callable[..., Iterator[pb.Chunk]], request: pb.FetchRequest, length: int, timeout_s: float) -> bytes:
-    """A download; goes on where it broke off, up to FETCH_TRIES times."""
-    data = bytearray()
+    """A download; goes on where it broke off, up to FETCH_TRIES times and within `timeout_s` altogether."""
+    data, deadline = bytearray(), time.monotonic() + timeout_s
     for attempt in range(FETCH_TRIES):
         rest = pb.FetchRequest(protocol_version=request.protocol_version, model_id=request.model_id, delta_id=request.delta_id,
                                offset=len(data))
-        chunks = call(rest, timeout=timeout_s)
+        chunks = call(rest, timeout=deadline - time.monotonic())
         receiver = ChunkReceiver(lambda: next_message(chunks, "the server"))  # noqa: B023  # used before the next turn
         try:
             receiver.receive_into(data, length)
             return bytes(data)
         except PeerError:
-            if attempt + 1 == FETCH_TRIES:
+            pause = FETCH_PAUSE_S * 2**attempt
+            if attempt + 1 == FETCH_TRIES or time.monotonic() + pause >= deadline:
                 raise
-            time.sleep(FETCH_PAUSE_S * 2**attempt)
+            time.sleep(pause)
     raise AssertionError("unreachable")

@@ -24,7 +24,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.relay import Relay
 from client import Client, list_models
 from protocol import relucent_pb2 as pb
-from protocol.errors import AccessDenied, InputError, MaterialError, ModelMismatch, PeerError, RelucentError, ResourceLimit, StorageError
+from protocol.errors import (
+    AccessDenied,
+    InputError,
+    MaterialError,
+    ModelMismatch,
+    PeerError,
+    PeerTimeout,
+    RelucentError,
+    ResourceLimit,
+    StorageError,
+)
 from protocol.inference import preprocess
 from protocol.links import Link
 from protocol.model import Model, save
@@ -866,6 +876,23 @@ def test_broken_download_goes_on(serve: Serve, relu_model: Model, monkeypatch: p
     with services.client() as client:
         agrees(client, relu_model)
     assert offsets[2] == offsets[1] - 1000
+
+
+def test_a_stalled_download_ends_at_its_deadline(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.service as module
+
+    services, hold = serve(relu_model), threading.Event()
+
+    def stalled(*_: object) -> Iterator[object]:
+        hold.wait(20)
+        yield from ()
+
+    monkeypatch.setattr(module, "to_chunks", stalled)
+    started = time.monotonic()
+    with pytest.raises(PeerTimeout):
+        services.client(timeout_s=2)
+    assert time.monotonic() - started < 4
+    hold.set()
 
 
 # --- settings and programs --------------------------------------------------------------------------------------------
