@@ -963,6 +963,57 @@ def test_metrics_health_and_drain(site: Site, mixed_model: Model) -> None:
     assert any("reloading models failed" in e["message"] for e in entries)
 
 
+def test_reload_offers_the_new_model(site: Site, mixed_model: Model, relu_model: Model) -> None:
+    site.dealer()
+    server = site.server()
+    token = site.token()
+    with site.client(token=token) as before:
+        agrees(before, mixed_model)
+        save(relu_model, site.model)
+        server.send_signal(signal.SIGHUP)
+        wait_for(lambda: "models reloaded: tiny" in site.logs())
+        with site.client(token=token) as after:
+            agrees(after, relu_model)
+        with pytest.raises(ModelMismatch):
+            before.predict(PIXELS[:1])
+
+
+def test_drain_lets_a_running_call_finish(site: Site, mixed_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the middle of an online phase: new calls are refused, this one gets its right answer, the exit code is 0."""
+    import client.api as module
+
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Pausing(module.RequestQueue):  # type: ignore[type-arg]
+        def put(self, message: pb.InferUp) -> None:
+            if message.WhichOneof("kind") == "chunk" and message.chunk.sequence == 2:
+                reached.set()
+                assert go_on.wait(20)
+            super().put(message)
+
+    site.dealer()
+    server = site.server()
+    token, outcomes = site.token(), []
+
+    def run() -> None:
+        agrees(client, mixed_model)
+        outcomes.append("right")
+
+    with site.client(token=token) as client:
+        client.preprocess(1)
+        monkeypatch.setattr(module, "RequestQueue", Pausing)
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert reached.wait(20)
+        server.send_signal(signal.SIGTERM)
+        wait_for(lambda: not answered(site, token))
+        assert server.poll() is None
+        go_on.set()
+        thread.join(20)
+        assert outcomes == ["right"]
+        assert server.wait(20) == 0
+
+
 def scrape(site: Site, number: int = 1) -> str:
     """The metrics of one of the programs, by the address that its log names."""
     (address,) = re.findall(r"http://\S+/metrics", "".join(p.read_text() for p in site.folder.glob(f"*{number}.log")))

@@ -260,6 +260,50 @@ def test_failed_sessions_leave_nothing_in_memory(serve: Serve, relu_model: Model
             gc.enable()
 
 
+class Gone(Exception):
+    """A client that ends."""
+
+
+@pytest.mark.parametrize("phase", ["preprocessing", "online"])
+def test_a_client_that_leaves_between_any_two_messages(phase: str, serve: Serve, mixed_model: Model,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays reserved, running or met, what was accepted is spent, and the service goes on."""
+    import client.api as module
+
+    services, sent = serve(mixed_model), 0
+
+    class Leaving(module.RequestQueue):  # type: ignore[type-arg]
+        def put(self, message: Any) -> None:
+            nonlocal sent
+            if sent == number:
+                wait_for(lambda: services.materials() == (phase == "preprocessing"))  # the server has got what came before
+                raise Gone
+            sent += 1
+            super().put(message)
+
+    with services.client() as client:
+        monkeypatch.setattr(client, "_discard", lambda _: None)  # nobody tells the server
+        for number in range(1, 100):  # noqa: B007  # `Leaving` looks at it
+            if phase == "online":
+                client.preprocess(1)
+                material_id, secret = steal(client)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "RequestQueue", Leaving)
+                sent = 0
+                try:
+                    client.predict(PIXELS[:1]) if phase == "online" else client.preprocess(1)
+                    break
+                except Gone:
+                    pass
+            wait_for(lambda: services.sessions.counts() == (0, 0) and not services.dealer._meetings and not services.materials())
+            assert not services.stock._memory and not services.stock._keys
+            if phase == "online":
+                with pytest.raises(MaterialError, match="used"):
+                    infer_messages(client, material_id, secret)
+        assert number > len(client._offer.plan(1).activations)
+        agrees(client, mixed_model)
+
+
 # --- hostile or broken messages ---------------------------------------------------------------------------------------
 
 INPUT = 8 * 192
