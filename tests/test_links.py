@@ -17,7 +17,7 @@ from client import Client
 from protocol.errors import RelucentError
 from protocol.links import LINKS, Link
 from protocol.model import Model
-from tests.services import PIXELS, Serve, agrees
+from tests.services import PIXELS, Serve, agrees, wait_for
 from tests.site import Site
 
 
@@ -87,6 +87,49 @@ def test_a_faulty_link_ends_in_time_and_the_service_goes_on(name: str, upward: b
                 client.predict(PIXELS[:1])
     with services.client() as client:  # and the service goes on
         agrees(client, mixed_model)
+
+
+def test_faults_between_server_and_dealer(site: Site, mixed_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a connection that lasts, at any byte, either way: clients get the right answer or a named error in time; then service again."""
+    for name, value in (("TIMEOUT_S", "6"), ("IDLE_S", "3"), ("WAIT_S", "2")):
+        monkeypatch.setenv(f"RELUCENT_SERVER_{name}", value)
+    armed: list[tuple[int, bool, str]] = []  # bytes to let through, whether towards the dealer, and the fault
+
+    def passes(upward: bool) -> Fault:
+        def strike(_carried: int, data: bytes) -> list[bytes] | None:
+            if not armed or armed[0][1] != upward:
+                return [data]
+            left, _, name = armed.pop()
+            if left >= len(data):
+                armed.append((left - len(data), upward, name))
+                return [data]
+            return FAULTS[name](data)
+
+        return strike
+
+    def answers(client: Client) -> bool:
+        with contextlib.suppress(RelucentError):
+            agrees(client, mixed_model)
+            return True
+        return False
+
+    site.dealer()
+    rng, outcomes = random.Random(5), []
+    with Relay(site.addresses["servers"], Link("none", 0.0, 0.0), up_fault=passes(True), down_fault=passes(False)) as relay:
+        site.addresses["servers"] = relay.address
+        site.server()
+        with Client(site.addresses["server"], site.addresses["dealer"], ca=site.ca, cache=site.folder / "cache", token=site.token(),
+                    timeout_s=8) as client:
+            for upward in (True, False):
+                for name in FAULTS:
+                    armed.append((rng.randrange(100 if upward else 20_000), upward, name))
+                    started = time.monotonic()
+                    outcomes.append(answers(client))
+                    assert time.monotonic() - started < 20
+                    assert not armed, "the fault was not reached"
+                    wait_for(lambda: answers(client), 40)
+    assert not all(outcomes), "no fault was felt"
+    assert "Traceback" not in site.logs()
 
 
 @pytest.mark.parametrize("peer", ["server", "dealer"])
