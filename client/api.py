@@ -30,7 +30,7 @@ from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
 from protocol.channel import Duplex
 from protocol.dealing import DealtToClient
-from protocol.errors import InputError, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
+from protocol.errors import InputError, MaterialElsewhere, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
 from protocol.inference import encode_images
 from protocol.material import Material
 from protocol.model import PublicModel
@@ -53,6 +53,8 @@ from protocol.wire import (
 REFILL_PAUSES_S = (1.0, 60.0)
 """How long the refilling waits after a failure: at first, and at most."""
 MAX_LIFETIME_S = 30 * 86_400.0
+AWAY_S = 600.0
+"""How long material of a server is left alone after another one behind the same address has said that it does not hold it."""
 SPLIT_FROM = 8
 """Images from which a batch runs in several streams at once."""
 log = logging.getLogger("relucent.client")
@@ -158,6 +160,7 @@ class Client:
         self._cache = DeltaCache(cache or default_folder())
         self._stock_folder, self._stock_key = stock, stock_key or default_stock_key()
         self._stock: Stock = MemoryStock()
+        self._refused: dict[bytes, float] = {}
         self._online, self._preparing = threading.Lock(), threading.Lock()
         self._closed, self._consumed = threading.Event(), threading.Event()
         self._refilling: threading.Thread | None = None
@@ -228,7 +231,11 @@ class Client:
 
     def prepared(self, batch: int = 1) -> int:
         """Inferences of this batch size that are ready to run."""
-        return min(self._stock.count(size) // count for size, count in Counter(self._parts(batch)).items())
+        return min(self._stock.count(size, self._away()) // count for size, count in Counter(self._parts(batch)).items())
+
+    def _away(self) -> list[bytes]:
+        """Holders of material that the server at the other end does not have."""
+        return [holder for holder, since in [*self._refused.items()] if time.monotonic() - since < AWAY_S]
 
     def _parts(self, batch: int) -> list[int]:
         """Images of each stream of a batch."""
@@ -326,6 +333,7 @@ class Client:
                 raise ProtocolViolation("the server did not confirm the material")
             if not 0 <= reply.ready.lifetime_s < float("inf"):
                 raise ProtocolViolation("the server announces an impossible lifetime of the material")
+            holder = check_bytes(reply.ready.holder, ID_BYTES, "the holder's id")
             lifetime = min(reply.ready.lifetime_s, MAX_LIFETIME_S)
         except BaseException:
             replies.cancel()
@@ -338,7 +346,7 @@ class Client:
                 dealt.cancel()
         self.last_preprocessing = PhaseCost(
             time.perf_counter() - started, sender.bytes, ID_BYTES + 2 * FRAME_BYTES, 1, source.bytes, int(reply.ready.dealer_bytes))
-        return Prepared(Material(material_id, plan, contents), secret, time.time() + lifetime)
+        return Prepared(Material(material_id, plan, contents), secret, time.time() + lifetime, holder=holder)
 
     def _first_cause(self, replies: Any, error: RelucentError) -> RelucentError:
         """If the server has failed the call, its reason explains more than the dealer's."""
@@ -410,12 +418,12 @@ class Client:
 
     def _take(self, batch: int, tell: Callable[[], None] = lambda: None) -> tuple[Prepared, bool]:
         """Material for a batch, and whether it was in stock."""
-        prepared = self._stock.take(self._offer.plan(batch))
+        prepared = self._stock.take(self._offer.plan(batch), self._away())
         if prepared is not None:
             return prepared, True
         tell()
         with self._preparing:  # what the refilling makes just now may serve
-            prepared = self._stock.take(self._offer.plan(batch))
+            prepared = self._stock.take(self._offer.plan(batch), self._away())
             return (prepared, True) if prepared is not None else (self._prepare(batch), False)
 
     def _run(self, images: Tensor, prepared: Prepared, stocked: bool) -> tuple[Tensor, PhaseCost]:
@@ -423,9 +431,11 @@ class Client:
         while True:
             try:
                 return self._run_online(images, prepared)
-            except MaterialError:
+            except MaterialError as error:
                 if not stocked:
                     raise
+                if isinstance(error, MaterialElsewhere):  # the connection leads to another server now; what else it lacks is kept
+                    self._refused[prepared.holder] = time.monotonic()
                 prepared, stocked = self._take(len(images))
 
     def _run_online(self, images: Tensor, prepared: Prepared) -> tuple[Tensor, PhaseCost]:

@@ -8,12 +8,13 @@ neither a crash at whatever point nor a second process brings it back.
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,28 +33,29 @@ class Prepared:
     """Material for one inference, the secret that proves it to the server, and when it expires, in seconds since 1970.
 
     stored: it comes from disk, of which there may be a copy. The image's mask may then be used after the server has accepted
-    the material only, which it does once, whoever asks.
+    the material only, which it does once, whoever asks. holder: names the stock at the server, one of several behind an address.
     """
 
     material: Material[ClientContents]
     secret: bytes
     expires: float
     stored: bool = False
+    holder: bytes = b""
 
     def __repr__(self) -> str:
         return f"Prepared(batch={self.material.plan.batch}, <secret>)"
 
 
 class Stock(Protocol):
-    """Prepared inferences of one registration of one model; safe for several threads."""
+    """Prepared inferences of one registration of one model; safe for several threads. `away`: holders whose material is left alone."""
 
-    def count(self, batch: int) -> int:
+    def count(self, batch: int, away: Collection[bytes] = ()) -> int:
         """How many of this batch size are ready."""
 
     def add(self, prepared: Prepared) -> None:
         """Put one in. Raises StorageError."""
 
-    def take(self, plan: Plan) -> Prepared | None:
+    def take(self, plan: Plan, away: Collection[bytes] = ()) -> Prepared | None:
         """Take one out, for ever; None if none is ready. Raises StorageError."""
 
     def close(self) -> list[tuple[bytes, bytes]]:
@@ -68,22 +70,25 @@ class MemoryStock:
         self._ready: dict[int, deque[Prepared]] = {}
         self._lock = threading.Lock()
 
-    def count(self, batch: int) -> int:
+    def count(self, batch: int, away: Collection[bytes] = ()) -> int:
         with self._lock:
-            return sum(p.expires > self._clock() for p in self._ready.get(batch, ()))
+            return sum(p.expires > self._clock() and p.holder not in away for p in self._ready.get(batch, ()))
 
     def add(self, prepared: Prepared) -> None:
         with self._lock:
             self._ready.setdefault(prepared.material.plan.batch, deque()).append(prepared)
 
-    def take(self, plan: Plan) -> Prepared | None:
+    def take(self, plan: Plan, away: Collection[bytes] = ()) -> Prepared | None:
         with self._lock:
             ready = self._ready.get(plan.batch, deque())
-            while ready:
+            for _ in range(len(ready)):
                 prepared = ready.popleft()
-                if prepared.expires > self._clock():
+                if prepared.expires <= self._clock():
+                    prepared.material.destroy()
+                elif prepared.holder in away:
+                    ready.append(prepared)
+                else:
                     return prepared
-                prepared.material.destroy()
         return None
 
     def close(self) -> list[tuple[bytes, bytes]]:
@@ -93,6 +98,9 @@ class MemoryStock:
         for prepared in left:
             prepared.material.destroy()
         return [(p.material.material_id, p.secret) for p in left]
+
+
+USABLE = "registration = ? AND batch = ? AND ready AND expires > ? AND holder NOT IN (SELECT value FROM json_each(?))"
 
 
 class DiskStock:
@@ -113,6 +121,8 @@ class DiskStock:
         with self._database() as database:
             database.execute("CREATE TABLE IF NOT EXISTS prepared (id BLOB PRIMARY KEY, registration BLOB NOT NULL, batch INTEGER NOT NULL,"
                              " expires REAL NOT NULL, ready INTEGER NOT NULL, sealed BLOB NOT NULL)")
+            if "holder" not in {row[1] for row in database.execute("PRAGMA table_info(prepared)")}:
+                database.execute("ALTER TABLE prepared ADD COLUMN holder TEXT NOT NULL DEFAULT ''")
         self._sweep()
 
     @contextmanager
@@ -142,18 +152,21 @@ class DiskStock:
                 if path.stem not in known:
                     path.unlink(missing_ok=True)
 
-    def count(self, batch: int) -> int:
+    def _usable(self, batch: int, away: Collection[bytes]) -> tuple[bytes, int, float, str]:
+        """The values of USABLE."""
+        return self._registration, batch, self._clock(), json.dumps([holder.hex() for holder in away])
+
+    def count(self, batch: int, away: Collection[bytes] = ()) -> int:
         with self._database() as database:
-            return int(database.execute("SELECT count(*) FROM prepared WHERE registration = ? AND batch = ? AND ready AND expires > ?",
-                                        (self._registration, batch, self._clock())).fetchone()[0])
+            return int(database.execute(f"SELECT count(*) FROM prepared WHERE {USABLE}", self._usable(batch, away)).fetchone()[0])  # noqa: S608
 
     def add(self, prepared: Prepared) -> None:
         material_id, plan = prepared.material.material_id, prepared.material.plan
         file_key = secrets.token_bytes(KEY_BYTES)
         sealed = seal(self._key, file_key + prepared.secret, material_id)
         with self._database() as database:
-            database.execute("INSERT INTO prepared VALUES (?, ?, ?, ?, 0, ?)",
-                             (material_id, self._registration, plan.batch, prepared.expires, sealed))
+            database.execute("INSERT INTO prepared VALUES (?, ?, ?, ?, 0, ?, ?)",
+                             (material_id, self._registration, plan.batch, prepared.expires, sealed, prepared.holder.hex()))
         try:
             write_sealed(self._path(material_id), file_key, material_id, client_parts(prepared.material.take()))
             with self._database() as database:
@@ -163,19 +176,19 @@ class DiskStock:
                 self._forget(material_id)
             raise
 
-    def take(self, plan: Plan) -> Prepared | None:
+    def take(self, plan: Plan, away: Collection[bytes] = ()) -> Prepared | None:
         while True:
             with self._database() as database:
-                row = database.execute("DELETE FROM prepared WHERE id = (SELECT id FROM prepared WHERE registration = ? AND batch = ? AND"
-                                       " ready AND expires > ? ORDER BY expires LIMIT 1) RETURNING id, expires, sealed",
-                                       (self._registration, plan.batch, self._clock())).fetchone()
+                row = database.execute(f"DELETE FROM prepared WHERE id = (SELECT id FROM prepared WHERE {USABLE} ORDER BY expires LIMIT 1)"  # noqa: S608
+                                       " RETURNING id, expires, sealed, holder", self._usable(plan.batch, away)).fetchone()
             if row is None:
                 return None
             material_id = bytes(row[0])  # from here on it is spent, whatever happens
             try:
                 keys = unseal(self._key, row[2], material_id)
                 contents = read_client(plan, read_sealed(self._path(material_id), keys[:KEY_BYTES], material_id))
-                return Prepared(Material(material_id, plan, contents), keys[KEY_BYTES:][:SECRET_BYTES], row[1], True)
+                return Prepared(Material(material_id, plan, contents), keys[KEY_BYTES:][:SECRET_BYTES], row[1], True,
+                                bytes.fromhex(row[3]))
             except MaterialError:
                 continue  # a damaged file: the next one
             finally:

@@ -5,6 +5,7 @@ RelucentError
 │   └── ModelFileError     a model file is missing, damaged, or of another version
 ├── ProtocolViolation      the peer broke the protocol; the session is destroyed
 ├── MaterialError          preprocessing material is unknown, used, expired, or of another model
+│   └── MaterialElsewhere  another server keeps it
 ├── ModelMismatch          the parties hold different models or an outdated Delta
 ├── VersionMismatch        the peer speaks another protocol version
 ├── AccessDenied           the peer does not know this identity, or does not let it do this
@@ -46,6 +47,10 @@ class ProtocolViolation(RelucentError):
 
 class MaterialError(RelucentError):
     """Preprocessing material cannot be used."""
+
+
+class MaterialElsewhere(MaterialError):
+    """Another server keeps the preprocessing material; it is not spent."""
 
 
 class ModelMismatch(RelucentError):

@@ -111,12 +111,14 @@ class PreprocessUp(_message.Message):
     def __init__(self, open: _Optional[_Union[PreprocessOpen, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("dealer_bytes", "lifetime_s")
+    __slots__ = ("dealer_bytes", "lifetime_s", "holder")
     DEALER_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIFETIME_S_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     dealer_bytes: int
     lifetime_s: float
-    def __init__(self, dealer_bytes: _Optional[int] = ..., lifetime_s: _Optional[float] = ...) -> None: ...
+    holder: bytes
+    def __init__(self, dealer_bytes: _Optional[int] = ..., lifetime_s: _Optional[float] = ..., holder: _Optional[bytes] = ...) -> None: ...
 
 class PreprocessDown(_message.Message):
     __slots__ = ("material_id", "ready")

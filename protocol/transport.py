@@ -62,6 +62,7 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
     errors.ModelFileError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ProtocolViolation: grpc.StatusCode.INVALID_ARGUMENT,
     errors.MaterialError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MaterialElsewhere: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.VersionMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.AccessDenied: grpc.StatusCode.UNAUTHENTICATED,

@@ -199,7 +199,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
                 self._metrics.bytes.labels("out").inc(ID_BYTES + 2 * FRAME_BYTES)
                 session.send(pb.PreprocessDown(ready=pb.Ready(
-                    dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES, lifetime_s=self._stock.lifetime_s)))
+                    dealer_bytes=source.bytes + SECRET_BYTES + FRAME_BYTES, lifetime_s=self._stock.lifetime_s, holder=self._stock.holder)))
             except BaseException:
                 self._stock.release(material_id)
                 raise

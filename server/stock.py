@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.errors import MaterialError, ResourceLimit, StorageError
+from protocol.errors import MaterialElsewhere, MaterialError, ResourceLimit, StorageError
 from protocol.material import Material, ServerContents
 from protocol.plan import Plan
-from protocol.sealed import read_sealed, write_sealed
+from protocol.sealed import load_key, read_sealed, write_sealed
 from protocol.storage import read_server, server_parts
 from protocol.wire import ID_BYTES
 from server.state import State
@@ -47,11 +47,14 @@ class Stock:
         self._memory: OrderedDict[bytes, Material[ServerContents]] = OrderedDict()
         self._memory_bytes = 0
         self._lock, self._tidied = threading.Lock(), False
+        self.holder = secrets.token_bytes(ID_BYTES)
+        """Names the folder, or this process's memory, to clients: what one holds is not on another server."""
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder") from error
+            self.holder = hashlib.sha256(load_key(folder.with_name(f"{folder.name}.id"))).digest()[:ID_BYTES]
             self.tidy()
 
     def reserve(self, plan: Plan, client_id: bytes, identity: str) -> bytes:
@@ -88,7 +91,10 @@ class Stock:
             raise MaterialError("the reservation of this material has expired")
 
     def take(self, material_id: bytes, client_secret: bytes, model_id: str, make_plan: Callable[[int], Plan]) -> Material[ServerContents]:
-        """The material, once, for the client that prepared it. make_plan: from a batch size. Raises MaterialError."""
+        """The material, once, for the client that prepared it. make_plan: from a batch size. Raises MaterialError.
+
+        MaterialElsewhere if it is not here: it is not spent then.
+        """
         hint = "preprocess again; material is used once"
         row = self._state.find_material(material_id)
         if row is None or not hmac.compare_digest(hashlib.sha256(client_secret).digest(), row.client_id):
@@ -101,6 +107,8 @@ class Stock:
             self.release(material_id)
             raise MaterialError("this preprocessing material has expired", hint)
         material = self._remembered(material_id)
+        if row.state == "ready" and material is None and (self._folder is None or not self._path(material_id).exists()):
+            raise MaterialElsewhere("this preprocessing material is not on this server", "preprocess again, or ask the server that has it")
         key = self._state.spend(material_id)  # from here on it is spent, whatever happens
         if key is None:
             raise MaterialError("this preprocessing material has been used or discarded", hint)
@@ -108,8 +116,6 @@ class Stock:
             if material is not None:
                 return material
             plan = make_plan(row.batch)
-            if self._folder is None:
-                raise MaterialError("this preprocessing material is gone", hint)
             return Material(material_id, plan, read_server(plan, read_sealed(self._path(material_id), key, material_id)))
         finally:
             self._forget(material_id)

@@ -21,6 +21,7 @@ from protocol.errors import InputError, PeerError, StorageError
 from protocol.inference import preprocess
 from protocol.model import Model
 from protocol.plan import Plan, make_plan
+from protocol.transport import Security
 from tests.services import PIXELS, Serve, Services, agrees, start, wait_for
 from tests.test_programs import image, program
 
@@ -202,6 +203,50 @@ def test_what_the_server_lost_is_replaced(serve: Serve, mixed_model: Model, tmp_
         agrees(client, mixed_model)
         assert client.prepared() == 0
         agrees(client, mixed_model)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_another_server_behind_the_address_costs_one_material(kind: str, serve: Serve, mixed_model: Model, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers with a database in common and a stock each: what the other holds is refused unspent, and kept for when it is back."""
+    import client.api as module
+    from client.api import rpc
+
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    first, second = (serve(mixed_model, url=url, folder=tmp_path / name) for name in ("one", "two"))
+    second.catalogue.models()[0]._stub = first.catalogue.models()[0]._stub
+    second.catalogue.models()[0].register(10)
+    assert first.stock.holder != second.stock.holder
+
+    def leads_to(services: Services) -> None:
+        channel = module.connect(services.server_address, Security(insecure=True))
+        client._channels.append(channel)
+        client._server = rpc.InferenceStub(channel)
+
+    with open_client(first, tmp_path) if kind == "disk" else first.client() as client:
+        client.preprocess(3)
+        leads_to(second)
+        agrees(client, mixed_model)  # one of them is tried, then fresh material
+        assert (client.prepared(), client._stock.count(1), second.materials()) == (0, 2, 2)
+        agrees(client, mixed_model)  # none is tried any more
+        client.preprocess(1)
+        assert (client.prepared(), client._stock.count(1)) == (1, 3)
+        agrees(client, mixed_model)
+        assert (client.prepared(), client._stock.count(1)) == (0, 2)
+        leads_to(first)
+        monkeypatch.setattr(module, "AWAY_S", 0.0)  # some time later
+        for left in (1, 0):
+            agrees(client, mixed_model)
+            assert client.prepared() == left
+
+
+def test_a_stock_of_an_older_client_is_read(tmp_path: Path, material: Callable[[], Prepared], plan: Plan) -> None:
+    import sqlite3
+
+    DiskStock(tmp_path / "stock", tmp_path / "key", b"here").add(material())
+    with sqlite3.connect(tmp_path / "stock" / "stock.db") as database:
+        database.execute("ALTER TABLE prepared DROP COLUMN holder")
+    assert DiskStock(tmp_path / "stock", tmp_path / "key", b"here").take(plan) is not None
 
 
 def test_a_copied_stock_is_refused_before_anything_of_the_image_is_sent(serve: Serve, mixed_model: Model, tmp_path: Path,
