@@ -100,6 +100,29 @@ def test_a_finished_run_is_not_repeated(teacher: nn.Module, tmp_path: Path) -> N
         run(teacher, "snl", tmp_path, budget=2000)
 
 
+@pytest.mark.parametrize(("method", "options"), [("autorep", {"freeze": 0.3}), ("snl", {"threshold": 2.0, "search": 0.7})])
+def test_a_run_killed_after_its_masks_were_fixed_resumes_exactly(method: str, options: dict[str, Any], teacher: nn.Module, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    whole = run(teacher, method, tmp_path / "whole", **options)
+    calls: list[object] = []
+
+    def dies(*args: Any) -> float:
+        calls.append(args)
+        if len(calls) == 2:  # at the end of the second epoch: the checkpoint of the first is there
+            raise Killed
+        return accuracy(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model_opt.training.accuracy", dies)
+        with pytest.raises(Killed):
+            run(teacher, method, tmp_path / "halved", **options)
+    resumed = run(teacher, method, tmp_path / "halved", **options).model.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.model.state_dict().items())
+
+
 def test_a_network_without_a_registry_entry(tmp_path: Path) -> None:
     """Any network of nn.ReLU modules that torch.fx can trace."""
     torch.manual_seed(0)

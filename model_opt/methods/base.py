@@ -130,6 +130,7 @@ class GateStage(Stage):
         check_budget(budget, self.total)
         self.budget, self.granularity, self.lr, self.freeze = budget, granularity, lr, freeze
         self.optimiser: torch.optim.Adam | None = None
+        self.fixed = False
 
     def gates(self) -> list[Tensor]:
         """The gates, each of its layer's shape."""
@@ -149,7 +150,7 @@ class GateStage(Stage):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         assert self.optimiser is not None
-        if not self.gates() or not self.gates()[0].requires_grad:
+        if self.fixed:
             return
         self.adapt()
         if self.granularity == "channel":
@@ -159,9 +160,14 @@ class GateStage(Stage):
         self.optimiser.step()
         self.update(progress)
         if progress >= self.freeze:
-            for gate in self.gates():
-                gate.requires_grad_(False)
-                gate.grad = None
+            self.fix_masks()
+
+    def fix_masks(self) -> None:
+        """From now on the masks stay as they are, and the gates learn no more."""
+        self.fixed = True
+        for gate in self.gates():
+            gate.requires_grad_(False)
+            gate.grad = None
 
     def units(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
         """One value and the number of ReLUs for each unit of all layers: a pixel or a channel."""
@@ -183,11 +189,13 @@ class GateStage(Stage):
 
     def state(self) -> dict[str, Any]:
         assert self.optimiser is not None
-        return self.optimiser.state_dict()
+        return {"adam": self.optimiser.state_dict(), "fixed": self.fixed}
 
     def load(self, state: dict[str, Any]) -> None:
         assert self.optimiser is not None
-        self.optimiser.load_state_dict(state)
+        self.optimiser.load_state_dict(state["adam"])
+        if state["fixed"]:
+            self.fix_masks()
 
     def finish(self) -> None:
         """Drop the gates; the masks stay."""

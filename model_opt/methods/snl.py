@@ -11,6 +11,7 @@ when stage 1 ends, the largest alphas stay ReLUs, as many as the budget allows, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Snl(GateStage):
 
     def __init__(self, model: nn.Module, budget: int, options: Options) -> None:
         super().__init__(model, budget, granularity=options.granularity, lr=options.alpha_lr, freeze=1.0)
-        self.options, self.penalty, self.checked, self.found = options, options.penalty, 0, False
+        self.options, self.penalty, self.checked = options, options.penalty, 0
         for layer in self.layers:
             layer.replacement = IDENTITY
             layer.freeze()
@@ -54,7 +55,7 @@ class Snl(GateStage):
         return sum(int((gate > self.options.threshold).sum()) for gate in self.gates())
 
     def loss(self) -> Tensor | None:
-        if self.found:
+        if self.fixed:
             return None
         return self.penalty * torch.stack([gate.abs().sum() for gate in self.gates()]).sum()
 
@@ -73,33 +74,29 @@ class Snl(GateStage):
     @torch.no_grad()
     def binarise(self) -> None:
         """Once: the largest alphas become 1, at most as many as the budget, the others 0."""
-        if self.found:
+        if self.fixed:
             return
         alpha, cost = self.units(self.gates())
         keep, _ = keep_largest(alpha, cost, self.budget)
         self.apply(keep)
-        self._fix()
+        self.fix_masks()
 
     @torch.no_grad()
-    def _fix(self) -> None:
-        self.found = True
+    def fix_masks(self) -> None:
+        super().fix_masks()
         for layer in self.layers:
             assert layer.gate is not None
             layer.gate.copy_((layer.mask == RELU).to(layer.gate.dtype))
-            layer.gate.requires_grad_(False)
-            layer.gate.grad = None
 
     def status(self) -> dict[str, float]:
         return {"relus": self._count(), "penalty": self.penalty}
 
-    def state(self) -> dict[str, object]:
-        return {"adam": super().state(), "penalty": self.penalty, "checked": self.checked, "found": self.found}
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "penalty": self.penalty, "checked": self.checked}
 
-    def load(self, state: dict[str, object]) -> None:
-        super().load(state["adam"])  # type: ignore[arg-type]
-        self.penalty, self.checked = float(state["penalty"]), int(state["checked"])  # type: ignore[arg-type,call-overload]
-        if state["found"]:
-            self._fix()
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.penalty, self.checked = float(state["penalty"]), int(state["checked"])
 
 
 def reduce(task: Task, options: Options) -> Reduced:
