@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -21,7 +21,7 @@ from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
 from model_opt.runs import describe_hardware, minutes_spent
-from model_opt.training import Recipe, TrainingError, accuracy, fit, world, write_atomically
+from model_opt.training import Recipe, TrainingError, accuracy, changed_settings, digest, fit, world, write_atomically
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
 from protocol.terminal import exit_on_error
@@ -118,19 +118,40 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _run_method(method: str, budget: int, options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo, splits: tuple[
-        data.Split, data.Split], recipe: Recipe, folder: Path, distil: bool) -> tuple[methods.Reduced, dict[str, Any]]:
+def _sources(teacher: nn.Module, dataset: datasets.Dataset, splits: tuple[data.Split, data.Split]) -> dict[str, Any]:
+    """What a network is reduced from."""
+    return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits]}
+
+
+def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe, distil: bool, sources: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what a reduction gives, as JSON gives it back."""
+    settings = {"method": method, "budget": budget, "options": options, **asdict(recipe), "distil": distil, **sources}
+    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+
+
+def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo,
+                splits: tuple[data.Split, data.Split], recipe: Recipe, folder: Path) -> tuple[methods.Reduced, dict[str, Any]]:
     """The reduced network and the facts of the run."""
     total = methods.count_all(teacher, info.input_shape)
     torch.manual_seed(recipe.seed)
-    result = methods.reduce(teacher, method=method, budget=budget, data=splits, recipe=recipe, folder=folder, distil=distil,
-                            rebuild=_rebuild(info), **options)
-    made_by = {"command": "reduce", "method": method, "budget": budget, "relus": result.relus, "total": total, "epochs": recipe.epochs,
-               "batch": recipe.batch, "lr": recipe.lr, "shift": recipe.shift, "cutout": recipe.cutout, "distil": distil,
-               "seed": recipe.seed, "options": options,
+    result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folder,
+                            distil=settings["distil"], rebuild=_rebuild(info), **options)
+    made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
                "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "hardware": describe_hardware(),
-               "details": result.details}
+               "torch": torch.__version__, "details": result.details}
     return result, made_by
+
+
+def _finished(facts: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a finished run; None if there is none. Raises InputError if it has other settings."""
+    if not facts.is_file():
+        return None
+    row: dict[str, Any] = json.loads(facts.read_text())
+    if "settings" not in row:
+        raise InputError(f"{facts} is of an earlier version and does not say its settings", "use another --out")
+    if changed := changed_settings(row["settings"], settings):
+        raise InputError(f"{facts} was made with other settings ({', '.join(changed)})", "use another --out, or the same settings")
+    return row
 
 
 def _reduced_info(info: files.NetworkInfo, result: methods.Reduced, made_by: dict[str, Any]) -> files.NetworkInfo:
@@ -166,9 +187,10 @@ def train(
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     torch.manual_seed(seed)
+    origin = ""
     if start is not None:
         model, before = files.load_network(start)
-        network, width = before.network, before.width
+        network, width, origin = before.network, before.width, digest(model)
         training, validation = _fitting(source, before, start)
     else:
         try:
@@ -187,7 +209,7 @@ def train(
         training, validation = (replace(split, mean=info.mean, std=info.std) for split in (training, validation))
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, teacher=mentor, label="train",
-                settings={"network": network, "width": width, "data": source.name, "from": str(start or "")})
+                settings={"network": network, "width": width, "from": origin})
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
@@ -238,9 +260,11 @@ def reduce(
     total = methods.count_all(parent, info.input_shape)
     budget = total if budget is None else budget
     methods.check_budget(budget, total)
-    splits = _fitting(_open(folder, dataset, image_size, download), info, teacher)
+    source = _open(folder, dataset, image_size, download)
+    splits = _fitting(source, info, teacher)
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
-    result, made_by = _run_method(method, budget, options, parent, info, splits, recipe, run or Path("runs") / out.stem, distil)
+    settings = _settings(method, budget, options, recipe, distil, _sources(parent, source, splits))
+    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem)
     if world()[0] > 0:
         return
     _write(out, files.serialise_network(result.model, _reduced_info(info, result, made_by)))
@@ -287,6 +311,8 @@ def pareto(
               for c in configurations]
     source = _open(folder, dataset, image_size, False)
     splits = _fitting(source, info, teacher)
+    sources = _sources(parent, source, splits)
+    unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
     rows: list[dict[str, Any]] = []
     for label, method, options in chosen:
         for count in counts:
@@ -294,8 +320,10 @@ def pareto(
                 stem = f"{label.replace(':', '-').replace(',', '-').replace('=', '_')}-{count}-{seed}"
                 network, facts = out / f"{stem}.safetensors", out / f"{stem}.json"
                 recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, seed=seed)
-                if not facts.is_file():
-                    result, made_by = _run_method(method, count, options, parent, info, splits, recipe, out / "runs" / stem, distil)
+                settings = _settings(method, count, options, recipe, distil, sources)
+                row = _finished(facts, settings)
+                if row is None:
+                    result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
                     reduced = _reduced_info(info, result, made_by)
                     _write(network, files.serialise_network(result.model, reduced, 16))
                     row = {"label": label, "method": method, "network": info.network, "width": info.width, "relus": result.relus,
@@ -303,12 +331,12 @@ def pareto(
                            "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
                            "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
                            "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
-                           "details": result.details}
-                    if test:
-                        unseen = replace(source.load_test(), mean=info.mean, std=info.std)
-                        row["test_accuracy"] = accuracy(result.model, unseen)
+                           "settings": settings, "details": result.details}
                     _write(facts, json.dumps(row, indent=1).encode())
-                rows.append(json.loads(facts.read_text()))
+                if unseen is not None and row["test_accuracy"] is None:
+                    row["test_accuracy"] = accuracy(files.load_network(network)[0], unseen)
+                    _write(facts, json.dumps(row, indent=1).encode())
+                rows.append(row)
                 _report(rows, out, f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}", source.name == "cifar10")
     table = Table("method", "budget", "ReLUs", "seed", "validation", "test")
     for row in rows:
@@ -324,7 +352,7 @@ def _report(rows: list[dict[str, Any]], out: Path, title: str, published: bool) 
 
     _write(out / "pareto.json", json.dumps({"rows": rows}, indent=1).encode())
     text = io.StringIO()
-    columns = [name for name in rows[0] if name != "details"]
+    columns = [name for name in rows[0] if name not in ("settings", "details")]
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from protocol.model import tensors_digest
+
 SHIFT, CUTOUT = 0.125, 0.25
 """How far an image is shifted at most, and the side of the hole, as fractions of its side."""
 
@@ -29,6 +31,11 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def digest(self) -> str:
+        """SHA-256 over images, labels and normalisation."""
+        normalisation = torch.tensor([self.mean, self.std])
+        return tensors_digest({"images": self.images.cpu(), "labels": self.labels.cpu(), "normalisation": normalisation}).hex()
 
     def normalised(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """The chosen images as float32 with per-channel mean 0 and deviation 1 over the training set."""

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model_opt.data import CUTOUT, SHIFT, Split, batches
+from protocol.model import tensors_digest
 
 NORM_IMAGES = 4000
 QUICK_IMAGES = 1000
@@ -196,6 +197,16 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
 
 
+def digest(network: nn.Module) -> str:
+    """SHA-256 over a network's weights and buffers."""
+    return tensors_digest({name: value.detach().cpu() for name, value in network.state_dict().items()}).hex()
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the settings in which two runs differ."""
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
 @dataclass
 class _Parts:
     """All that a checkpoint holds."""
@@ -219,8 +230,7 @@ class _Parts:
             state = torch.load(path, weights_only=True)
         except Exception as error:
             raise TrainingError(f"{path} is no readable checkpoint ({type(error).__name__}); delete it to start anew") from error
-        if state["settings"] != settings:
-            changed = sorted(k for k in {*settings, *state["settings"]} if state["settings"].get(k) != settings.get(k))
+        if changed := changed_settings(state["settings"], settings):
             raise TrainingError(f"{path} was made with other settings ({', '.join(changed)}); use another folder or the same settings")
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -270,16 +280,17 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
     """Train `model` in place and return its validation accuracy; resumes from `folder/checkpoint.pt` if present.
 
     With a teacher the loss is cross entropy plus distillation, else cross entropy with label smoothing. settings: what else a
-    resumed run must share, beside recipe and label.
+    resumed run must share, beside recipe, label, teacher and images.
     Raises TrainingError on a NaN loss, a checkpoint of other settings, or when memory or disk run out; the last checkpoint is kept.
     """
     if len(train) < recipe.batch:
         raise TrainingError(f"{len(train)} training images are fewer than one batch of {recipe.batch}; use a smaller --batch")
     stage = stage or Stage()
+    settings = {"label": label, "distil": teacher is not None, "teacher": digest(teacher) if teacher is not None else "",
+                "data": [train.digest(), validation.digest()], **asdict(recipe), **(settings or {})}
     try:
         with _shortages(folder, recipe.batch):
-            return _fit(model, train, validation, recipe, folder, teacher, stage, label,
-                        {"label": label, "distil": teacher is not None, **asdict(recipe), **(settings or {})})
+            return _fit(model, train, validation, recipe, folder, teacher, stage, label, settings)
     finally:
         stage.end()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model_opt.activation import RELU, PartialActivation, count_relus, partial_activations, replace_relus
 from model_opt.data import Split
 from model_opt.networks import activation_shapes
-from model_opt.training import Recipe, Stage
+from model_opt.training import Recipe, Stage, digest
 
 
 class BudgetError(ValueError):
@@ -66,8 +66,9 @@ class Task:
         return self.teacher if self.distil else None
 
     def settings(self, options: Any) -> dict[str, Any]:
-        """What a resumed run must share: the budget and the method's options."""
-        return {"budget": self.budget, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
+        """What a resumed run must share: the budget, the teacher that the student starts from, and the method's options."""
+        return {"budget": self.budget, "teacher": digest(self.teacher),
+                **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
 
     def student(self) -> nn.Module:
         """A copy of the teacher with all-ReLU partial activations."""

@@ -18,7 +18,7 @@ from torch import nn
 from model_opt.activation import IDENTITY, partial_activations, replace_relus
 from model_opt.methods.base import BudgetError, Reduced, Task
 from model_opt.methods.features import stages
-from model_opt.training import fit, write_atomically
+from model_opt.training import digest, fit, write_atomically
 
 EXPONENT = 0.07
 """Of a stage's ReLU count in its criticality; from secondary sources, the paper's text was not at hand."""
@@ -81,7 +81,7 @@ def criticality(task: Task, options: Options) -> dict[int, float]:
     for stage in (-1, *range(total)):  # -1: no ReLU at all
         network = shaped(task, Shape((stage,), False, 1.0, 1))
         score = fit(network, task.train, task.validation, recipe, task.folder / f"probe{stage}", teacher=task.mentor,
-                    label=f"deepreduce probe {stage}", settings=asdict(options))
+                    label=f"deepreduce probe {stage}", settings={**asdict(options), "teacher": digest(task.teacher)})
         accuracies[stage] = score, sum(layer.count(2) for layer in partial_activations(network).values())
     least = accuracies[-1][0]
     return {k: (accuracy - least) / relus**EXPONENT for k, (accuracy, relus) in accuracies.items() if k >= 0}

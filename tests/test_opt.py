@@ -1,0 +1,93 @@
+"""The commands of `relucent-opt` on tiny networks and images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model_opt.cli import pareto, reduce, train
+from model_opt.files import serialise_network
+from model_opt.networks import build
+from tests.samples import network_info
+from tests.test_data import folders
+
+SHORT: dict[str, Any] = {"epochs": 1, "batch": 6}
+
+
+def write_teacher(path: Path, seed: int = 0) -> nn.Module:
+    """A network for the images of `folders`."""
+    torch.manual_seed(seed)
+    network = build("resnet18", 4, 2)
+    path.write_bytes(serialise_network(network, network_info(classes=("cat", "dog"), input_shape=(3, 16, 16))))
+    return network
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data and teacher, where the commands run."""
+    folders(tmp_path / "data")
+    write_teacher(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """What was printed is an error with these words."""
+    message = capsys.readouterr().err
+    assert "error: " in message
+    for word in words:
+        assert word in message
+
+
+def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def again() -> None:
+        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+        train(Path("trained"), start=Path("teacher"), teacher=Path("teacher"), lr=0.01, **SHORT)
+
+    again()
+    again()
+    write_teacher(Path("teacher"), seed=1)
+    with pytest.raises(SystemExit):
+        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+    refused(capsys, "other settings (teacher)")
+    with pytest.raises(SystemExit):
+        train(Path("trained"), start=Path("teacher"), teacher=Path("teacher"), lr=0.01, **SHORT)
+    refused(capsys, "other settings (from, teacher)")
+    write_teacher(Path("teacher"))
+    (place / "data" / "train" / "cat" / "0.png").unlink()
+    with pytest.raises(SystemExit):
+        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+    refused(capsys, "other settings (data)")
+
+
+def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rows(**changes: Any) -> list[dict[str, Any]]:
+        pareto(Path("teacher"), Path("table"), "200", ["autorep"], **(SHORT | {"lr": 0.01} | changes))
+        listed: list[dict[str, Any]] = json.loads(Path("table/pareto.json").read_text())["rows"]
+        return listed
+
+    (first,) = rows()
+    network = Path("table/autorep-200-0.safetensors").read_bytes()
+    assert first["test_accuracy"] is None
+    assert rows() == [first]
+    (tested,) = rows(test=True)
+    assert tested == first | {"test_accuracy": tested["test_accuracy"]} and 0 <= tested["test_accuracy"] <= 1
+    assert Path("table/autorep-200-0.safetensors").read_bytes() == network
+    for changes, name in (({"epochs": 2}, "epochs"), ({"lr": 0.02}, "lr"), ({"distil": False}, "distil"), ({"shift": 0.0}, "shift")):
+        with pytest.raises(SystemExit):
+            rows(**changes)
+        refused(capsys, f"other settings ({name})")
+    write_teacher(Path("teacher"), seed=1)
+    with pytest.raises(SystemExit):
+        rows()
+    refused(capsys, "other settings (teacher)")
+    facts = Path("table/autorep-200-0.json")
+    facts.write_text(json.dumps({key: value for key, value in json.loads(facts.read_text()).items() if key != "settings"}))
+    with pytest.raises(SystemExit):
+        rows()
+    refused(capsys, "earlier version")
