@@ -141,8 +141,11 @@ class ImageFiles(Dataset):
         """Files of each class in order, for "train", "validation" or "test". Raises DataError."""
 
     def _load(self, groups: list[list[Path]]) -> Split:
-        images = _decode([path for group in groups for path in group], self._size)
-        return self._split(images, torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups])))
+        """The images of all classes in a fixed random order, so that the first ones are a sample of the whole."""
+        examples = [(path, label) for label, group in enumerate(groups) for path in group]
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+        images = _decode([examples[i][0] for i in order], self._size)
+        return self._split(images, torch.tensor([examples[i][1] for i in order]))
 
     def load_train(self) -> tuple[Split, Split]:
         return self._load(self._files("train")), self._load(self._files("validation"))
