@@ -241,17 +241,22 @@ class _Parts:
         return int(state["epoch"]), int(state["step"])
 
 
+def _kept(folder: Path) -> str:
+    """What a failed run leaves."""
+    checkpoint = folder / "checkpoint.pt"
+    return f"the run can resume from {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+
+
 @contextmanager
 def _shortages(folder: Path, batch: int) -> Iterator[None]:
     """Running out of memory or disk as a TrainingError that says what is kept."""
-    kept = f"the run can resume from the last checkpoint in {folder}"
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"cannot write to {folder}: {error.strerror}; {kept}") from error
+        raise TrainingError(f"cannot write to {folder}: {error.strerror}; {_kept(folder)}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
-            raise TrainingError(f"out of memory at a batch of {batch} images; use a smaller --batch; {kept}") from error
+            raise TrainingError(f"out of memory at a batch of {batch} images; use a smaller --batch; {_kept(folder)}") from error
         raise
 
 
@@ -281,7 +286,8 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
 
     With a teacher the loss is cross entropy plus distillation, else cross entropy with label smoothing. settings: what else a
     resumed run must share, beside recipe, label, teacher and images.
-    Raises TrainingError on a NaN loss, a checkpoint of other settings, or when memory or disk run out; the last checkpoint is kept.
+    Raises TrainingError on a loss or gradient that is not finite, a checkpoint of other settings, or when memory or disk run out; the
+    last checkpoint is kept.
     """
     if len(train) < recipe.batch:
         raise TrainingError(f"{len(train)} training images are fewer than one batch of {recipe.batch}; use a smaller --batch")
@@ -342,12 +348,11 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                             + recipe.soft_weight * distillation_loss(logits, target, recipe.temperature))
                 if extra is not None:
                     loss = loss + extra
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise TrainingError(f"loss is {value} at step {step}; the last good checkpoint is {checkpoint}; try a lower --lr")
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(clipped, recipe.clip)
+                value, norm = float(loss.detach()), float(nn.utils.clip_grad_norm_(clipped, recipe.clip))
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    raise TrainingError(f"loss {value}, gradient norm {norm} at step {step}; {_kept(folder)}; try a lower --lr")
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)

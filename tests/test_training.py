@@ -68,8 +68,23 @@ def test_nan_stops_with_the_step(tmp_path: Path) -> None:
     model = build("resnet18", 4)
     with torch.no_grad():
         model.fc.bias.fill_(math.nan)
-    with pytest.raises(TrainingError, match="nan at step 0"):
+    with pytest.raises(TrainingError, match=r"loss nan, .* at step 0; there is no checkpoint yet"):
         fit(model, learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+
+
+def test_gradients_that_are_not_finite_stop_before_they_reach_the_weights(tmp_path: Path) -> None:
+    """Of a finite loss, in the second epoch: neither the weights nor the checkpoint are touched."""
+    model, calls = build("resnet18", 4), []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * math.nan if len(calls) == 3 else gradient
+
+    model.fc.bias.register_hook(spoil)  # type: ignore[union-attr]
+    with pytest.raises(TrainingError, match=r"loss \d.*, gradient norm nan at step 2; the run can resume from .*checkpoint.pt"):
+        fit(model, learnable(64), learnable(10), Recipe(epochs=2, batch=32), tmp_path)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
 
 
 def test_norms_are_averages_of_the_sample() -> None:
