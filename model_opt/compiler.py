@@ -229,11 +229,11 @@ class _Lowering:
         bias = torch.where(linear, module.c0, 0.0).double()
         draft, argument = self.drafts.get(source), node.args[0]
         assert isinstance(argument, fx.Node)
-        by_channel = bool((linear == linear.flatten(1)[:, :1].view(module.channels)).all())
+        by_channel = bool((linear == linear.reshape(len(linear), -1)[:, :1].view(module.channels)).all())
         if draft is not None and draft.op in ("conv2d", "linear") and by_channel and len(argument.users) == 1:
-            scale = weight.flatten(1)[:, 0]
+            scale, shift = (t.reshape(len(t), -1)[:, 0] for t in (weight, bias))
             draft.tensors["weight"] = draft.tensors["weight"] * scale.view(-1, *[1] * (draft.tensors["weight"].dim() - 1))
-            draft.tensors["bias"] = draft.tensors["bias"] * scale + bias.flatten(1)[:, 0]
+            draft.tensors["bias"] = draft.tensors["bias"] * scale + shift
             return source
         name = f"{node.name}_scale"
         self.drafts[name] = _Draft(name, "scale", [source], {"shape": list(weight.shape)}, {"weight": weight, "bias": bias}, where)

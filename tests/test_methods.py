@@ -128,9 +128,13 @@ def test_a_network_without_a_registry_entry(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16),
                         nn.ReLU(), nn.Linear(16, 10))
-    for method in ("autorep", "snl", "senet", "deepreduce"):
-        result = reduce(own, method=method, budget=700, data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path / method)
-        assert result.relus <= 700, method
+    x = VALIDATION[:4].normalised()
+    for method, options in (("autorep", {"degree": 1}), ("snl", {"granularity": "channel"}), ("senet", {"granularity": "channel"}),
+                            ("deepreduce", {})):
+        result = reduce(own, method=method, budget=700, data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path / method, **options)
+        assert 0 < result.relus <= 700, method
+        model = compile_model(result.model, x, name="m", classes=(), mean=MEAN, std=STD)
+        assert torch.allclose(simulate(model, x.double()), result.model(x).double(), atol=0.05), method
     pairs = {"1": "0", "3": "2", "6": "5"}
     assert weights_before(own, (3, 32, 32)) == pairs
 

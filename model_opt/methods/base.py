@@ -175,7 +175,7 @@ class GateStage(Stage):
         if self.granularity == "pixel":
             flat = torch.cat([v.flatten() for v in values])
             return flat, torch.ones_like(flat, dtype=torch.int64)
-        flat = torch.cat([v.flatten(1)[:, 0] for v in values])
+        flat = torch.cat([v.reshape(len(v), -1)[:, 0] for v in values])
         return flat, torch.cat([torch.full((len(v),), v[0].numel(), device=v.device) for v in values])
 
     def apply(self, keep: Tensor) -> None:

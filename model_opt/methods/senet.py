@@ -159,7 +159,7 @@ class Mismatch(Stage):
             keep = torch.zeros(layer.mask.numel(), dtype=torch.bool, device=layer.mask.device)
             if self.granularity == "channel":
                 keep = keep.view(len(layer.mask), -1)
-                keep[score.flatten(1).sum(1).argsort(descending=True)[: count // keep.shape[1]]] = True
+                keep[score.reshape(len(score), -1).sum(1).argsort(descending=True)[: count // keep.shape[1]]] = True
             else:
                 keep[score.flatten().argsort(descending=True)[:count]] = True
             fresh = torch.where(keep.view(layer.mask.shape), RELU, IDENTITY).to(layer.mask.dtype)
