@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus
-from model_opt.compiler import compile_model
+from model_opt.compiler import CompileError, compile_model
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, check_budget, make_options, reduce
 from model_opt.methods.autorep import AutoRep, Options
@@ -154,6 +154,28 @@ def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path)
     with pytest.raises(ValueError, match="unknown method"):
         make_options("magic", {})
     check_budget(0, 4096)
+
+
+class Own(nn.Module):
+    """A network whose ReLUs are not all modules, or that chooses its way by the image."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.conv, self.relu, self.flatten, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(x))
+        if self.branches and y.sum() > 0:
+            y = y + y.mean()
+        return self.fc(self.flatten(y if self.branches else nn.functional.relu(y - 1)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("branches", "reason"), [(True, "cannot trace"), (False, "operation")])
+def test_networks_that_would_not_compile_are_not_trained(branches: bool, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=reason):
+        reduce(Own(branches), budget=100, data=(TRAIN, VALIDATION), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_budget_zero(teacher: nn.Module, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from model_opt import compiler
 from model_opt.data import Split
 from model_opt.datasets import Dataset
 from model_opt.methods import autorep, cost, deepreduce, senet, snl
@@ -49,11 +50,12 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         folder: for checkpoints and logs; an interrupted run with the same settings resumes from it.
         rebuild: makes an untrained network of the same family from a width factor and a stem stride, for methods that reshape.
 
-    Raises BudgetError, DataError, TrainingError, ValueError.
+    Raises BudgetError, CompileError, DataError, TrainingError, ValueError.
     """
     chosen = make_options(method, options)
     train, validation = data.load_train() if isinstance(data, Dataset) else data
     check_budget(budget, count_all(model, train.shape))
+    compiler.check(model, train.shape)
     task = Task(model, budget, train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
     return METHODS[method][1](task, chosen)
 
