@@ -360,10 +360,10 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                     average.update_parameters(model)
                 total, seen = total + value, seen + 1
                 bar.update(task, completed=step, note=f"loss {value:.3f}")
-            stage.after_epoch()
             last = epoch + 1 == recipe.epochs
             if last and average is not None:
                 model.load_state_dict(average.module.state_dict())
+            stage.after_epoch()
             with torch.autocast(where.type, torch.bfloat16, enabled=not last):
                 reestimate_norms(model, sample if last else sample[:QUICK_IMAGES])
                 validated = accuracy(model, validation if last else validation[:QUICK_IMAGES])

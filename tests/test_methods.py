@@ -19,12 +19,13 @@ from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.cost import CostModel, drop_layers
 from model_opt.methods.deepreduce import Shape, shaped
 from model_opt.methods.features import stages, weights_before
-from model_opt.methods.senet import Pruning, allocate, attention
+from model_opt.methods.senet import Options as SenetOptions
+from model_opt.methods.senet import Pruning, allocate, attention, sensitivities
 from model_opt.methods.slimmable import make_slimmable, set_factor
 from model_opt.methods.snl import Options as SnlOptions
 from model_opt.methods.snl import Snl
 from model_opt.networks import build
-from model_opt.training import Recipe, TrainingError, accuracy, fit
+from model_opt.training import Recipe, Stage, TrainingError, accuracy, fit
 from protocol.inference import infer
 from protocol.links import LINKS
 from protocol.simulation import simulate
@@ -312,6 +313,20 @@ def test_pruning_reaches_its_density(teacher: nn.Module, tmp_path: Path) -> None
     weights = [m.weight for m in pruned.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights) == pytest.approx(0.1, abs=0.002)
     assert set(stage.densities()) == {n for n, m in teacher.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def test_an_average_of_the_weights_spoils_neither_sensitivities_nor_masks(teacher: nn.Module, tmp_path: Path) -> None:
+    plain, averaged = (sensitivities(Task(teacher, 3000, TRAIN, VALIDATION, replace(SHORT, ema=ema), tmp_path / str(ema)),
+                                     SenetOptions(), 1) for ema in (0.0, 0.95))
+    assert averaged == plain and max(plain) > 0.5
+
+    class Last(Stage):
+        def after_epoch(self) -> None:
+            model[1].mask.fill_(IDENTITY)  # type: ignore[operator]
+
+    model = small()
+    fit(model, TRAIN, VALIDATION, Recipe(epochs=1, batch=32, lr=0.02, ema=0.9), tmp_path, stage=Last())
+    assert count_relus(model) == 0
 
 
 def test_attention_maps_have_unit_length() -> None:

@@ -116,8 +116,8 @@ class Pruning(Stage):
 def sensitivities(task: Task, options: Options, epochs: int) -> list[float]:
     """ReLU sensitivity of each activation, in order: 1 - density of the layer before it in the pruned teacher."""
     pruned, stage = deepcopy(task.teacher), Pruning(options.density)
-    fit(pruned, task.train, task.validation, replace(task.recipe, epochs=epochs, lr=task.recipe.lr * options.tune_lr),
-        task.folder / "prune", teacher=task.mentor, stage=stage, label="senet prune",
+    recipe = replace(task.recipe, epochs=epochs, lr=task.recipe.lr * options.tune_lr, ema=0.0)  # an average has no zeros
+    fit(pruned, task.train, task.validation, recipe, task.folder / "prune", teacher=task.mentor, stage=stage, label="senet prune",
         settings=task.settings(options))
     kept = stage.densities()
     return [1 - kept[name] if name else 0.0 for name in weights_before(task.teacher, task.shape).values()]
@@ -215,7 +215,7 @@ def reduce(task: Task, options: Options) -> Reduced:
     for layer in layers:
         layer.freeze()
     recipe = replace(task.recipe, hard_weight=0.5, soft_weight=0.5)
-    fit(student, task.train, task.validation, replace(recipe, epochs=search), task.folder / "search", teacher=task.teacher,
+    fit(student, task.train, task.validation, replace(recipe, epochs=search, ema=0.0), task.folder / "search", teacher=task.teacher,
         stage=Mismatch(student, counts, options.granularity, recipe.seed), label="senet search", settings=task.settings(options))
     tuning = replace(recipe, epochs=tune, lr=recipe.lr * options.tune_lr, hard_weight=options.gamma, soft_weight=options.alpha)
     images = {name for name, layer in partial_activations(student).items() if layer.mask.dim() == 3}
