@@ -314,6 +314,7 @@ def pareto(
     sources = _sources(parent, source, splits)
     unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
     rows: list[dict[str, Any]] = []
+    first = world()[0] == 0  # of several processes, all train and one writes
     for label, method, options in chosen:
         for count in counts:
             for seed in numbers:
@@ -324,20 +325,24 @@ def pareto(
                 row = _finished(facts, settings)
                 if row is None:
                     result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
-                    reduced = _reduced_info(info, result, made_by)
-                    _write(network, files.serialise_network(result.model, reduced, 16))
                     row = {"label": label, "method": method, "network": info.network, "width": info.width, "relus": result.relus,
                            "budget": count, "file": network.name,
                            "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
                            "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
                            "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
                            "settings": settings, "details": result.details}
-                    _write(facts, json.dumps(row, indent=1).encode())
+                    if first:
+                        _write(network, files.serialise_network(result.model, _reduced_info(info, result, made_by), 16))
+                        _write(facts, json.dumps(row, indent=1).encode())
+                if not first:
+                    continue
                 if unseen is not None and row["test_accuracy"] is None:
                     row["test_accuracy"] = accuracy(files.load_network(network)[0], unseen)
                     _write(facts, json.dumps(row, indent=1).encode())
                 rows.append(row)
                 _report(rows, out, f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}", source.name == "cifar10")
+    if not first:
+        return
     table = Table("method", "budget", "ReLUs", "seed", "validation", "test")
     for row in rows:
         test_text = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"

@@ -135,6 +135,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _trained(model: nn.Module) -> list[bool]:
+    """Which parameters have gradients, which its processes average."""
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
 def _parallel(model: nn.Module, where: torch.device) -> nn.Module:
     """`model` as its processes train it together."""
     if world()[1] == 1:
@@ -317,7 +322,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
     parts = _Parts(model, optimiser, generator, stage, average)
     first, step = parts.resume(checkpoint, settings) if checkpoint.exists() else (0, 0)
-    parallel = _parallel(model, where)
+    parallel, trained = _parallel(model, where), _trained(model)
     share = slice(rank, None, processes)
     steps = recipe.epochs * (len(train) // recipe.batch)
     validated = accuracy(model, validation) if first else 0.0
@@ -356,6 +361,8 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)
+                if _trained(model) != trained:
+                    parallel, trained = _parallel(model, where), _trained(model)
                 if average is not None:
                     average.update_parameters(model)
                 total, seen = total + value, seen + 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +95,28 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
     with pytest.raises(SystemExit):
         rows()
     refused(capsys, "earlier version")
+
+
+def test_several_processes_reduce_together(place: Path) -> None:
+    """torchrun with two processes on the CPU: all methods, gates that stop learning, and one process that writes."""
+    (place / "run.py").write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom model_opt.cli import pareto\nfrom model_opt.data import Split\n"
+        "from model_opt.files import load_network\nfrom model_opt.methods import reduce\nfrom model_opt.training import Recipe, world\n"
+        "from tests.samples import learnable\ntorch.set_num_threads(1)\n"
+        "images = learnable(48)\nimages = Split(images.images[:, :, :16, :16], images.labels % 2, images.mean, images.std)\n"
+        "teacher, _ = load_network(Path('teacher'))\n"
+        "result = reduce(teacher, budget=200, data=(images, images), recipe=Recipe(epochs=2, batch=6, lr=0.01), folder=Path('autorep'))\n"
+        "state = torch.cat([value.double().flatten() for value in result.model.state_dict().values()])\n"
+        "torch.save(state, f'rank{world()[0]}')\n"
+        "pareto(Path('teacher'), Path('table'), '200', ['snl', 'senet:widths=0.5', 'deepreduce'], epochs=1, batch=6, lr=0.01, test=True)\n"
+        "torch.distributed.destroy_process_group()\n")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load("rank0"), torch.load("rank1"))
+    with Path("autorep/log.csv").open() as log:
+        assert [int(row["relus"]) <= 200 for row in csv.DictReader(log)] == [True, True]
+    rows = json.loads(Path("table/pareto.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["snl", "senet:widths=0.5", "deepreduce"]
+    assert all(row["relus"] <= 200 for row in rows) and not list(place.rglob("*.part"))

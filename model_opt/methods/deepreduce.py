@@ -18,7 +18,7 @@ from torch import nn
 from model_opt.activation import IDENTITY, partial_activations, replace_relus
 from model_opt.methods.base import BudgetError, Reduced, Task
 from model_opt.methods.features import stages
-from model_opt.training import digest, fit, write_atomically
+from model_opt.training import digest, fit, world, write_atomically
 
 EXPONENT = 0.07
 """Of a stage's ReLU count in its criticality; from secondary sources, the paper's text was not at hand."""
@@ -115,5 +115,6 @@ def reduce(task: Task, options: Options) -> Reduced:
         tried.append((score, count, point, network))
     best = max(tried, key=lambda item: item[0])
     rows = [{"relus": count, "validation_accuracy": score, **asdict(point)} for score, count, point, _ in tried]
-    write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "trained": rows}, indent=1).encode())
+    if world()[0] == 0:
+        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "trained": rows}, indent=1).encode())
     return Reduced(best[3], best[0], best[2].width_factor, best[2].stride, {"criticality": critical, "shape": asdict(best[2])})
