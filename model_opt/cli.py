@@ -313,7 +313,9 @@ def pareto(
     splits = _fitting(source, info, teacher)
     sources = _sources(parent, source, splits)
     unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
+    title = f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}"
     rows: list[dict[str, Any]] = []
+    impossible: list[dict[str, Any]] = []
     first = world()[0] == 0  # of several processes, all train and one writes
     for label, method, options in chosen:
         for count in counts:
@@ -324,15 +326,20 @@ def pareto(
                 settings = _settings(method, count, options, recipe, distil, sources)
                 row = _finished(facts, settings)
                 if row is None:
-                    result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
-                    row = {"label": label, "method": method, "network": info.network, "width": info.width, "relus": result.relus,
+                    try:
+                        result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
+                    except methods.BudgetError as error:
+                        impossible.append({"label": label, "budget": count, "seed": seed, "reason": str(error)})
+                        continue
+                    reduced = _reduced_info(info, result, made_by)
+                    row = {"label": label, "method": method, "network": info.network, "width": reduced.width, "relus": result.relus,
                            "budget": count, "file": network.name,
                            "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
                            "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
                            "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
                            "settings": settings, "details": result.details}
                     if first:
-                        _write(network, files.serialise_network(result.model, _reduced_info(info, result, made_by), 16))
+                        _write(network, files.serialise_network(result.model, reduced, 16))
                         _write(facts, json.dumps(row, indent=1).encode())
                 if not first:
                     continue
@@ -340,9 +347,14 @@ def pareto(
                     row["test_accuracy"] = accuracy(files.load_network(network)[0], unseen)
                     _write(facts, json.dumps(row, indent=1).encode())
                 rows.append(row)
-                _report(rows, out, f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}", source.name == "cifar10")
+                _report(rows, impossible, out, title, source.name == "cifar10")
     if not first:
         return
+    for row in impossible:
+        print(f"{row['label']} at {row['budget']:,} ReLUs: {row['reason']}")
+    if not rows:
+        raise InputError("no network was made", "choose other --budgets")
+    _report(rows, impossible, out, title, source.name == "cifar10")
     table = Table("method", "budget", "ReLUs", "seed", "validation", "test")
     for row in rows:
         test_text = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
@@ -352,10 +364,10 @@ def pareto(
     print(f"wrote {out}/pareto.json, pareto.csv and pareto.png")
 
 
-def _report(rows: list[dict[str, Any]], out: Path, title: str, published: bool) -> None:
+def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: Path, title: str, published: bool) -> None:
     from model_opt.show import draw_pareto  # matplotlib takes a second to import
 
-    _write(out / "pareto.json", json.dumps({"rows": rows}, indent=1).encode())
+    _write(out / "pareto.json", json.dumps({"rows": rows, "impossible": impossible}, indent=1).encode())
     text = io.StringIO()
     columns = [name for name in rows[0] if name not in ("settings", "details")]
     writer = csv.DictWriter(text, columns, extrasaction="ignore")

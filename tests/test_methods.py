@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from model_opt.methods import BudgetError, Reduced, Task, check_budget, make_opt
 from model_opt.methods.autorep import AutoRep, Options
 from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.cost import CostModel, drop_layers
-from model_opt.methods.deepreduce import Shape, shaped
+from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
 from model_opt.methods.senet import Options as SenetOptions
 from model_opt.methods.senet import Pruning, allocate, attention, sensitivities
@@ -375,6 +376,25 @@ def test_published_counts_identify_configurations(teacher: nn.Module) -> None:
                          (28_672, Shape((1, 2, 3), True, 1.0, 2)), (12_288, Shape((2, 3), True, 1.0, 2)),
                          (12_288, Shape((1, 2), True, 0.5, 2))):
         assert count_relus(shaped(task, shape)) * 16 == count
+
+
+def test_deepreduce_gives_the_pareto_set_of_its_candidates(teacher: nn.Module, tmp_path: Path) -> None:
+    task = Task(teacher, 3000, TRAIN, VALIDATION, SHORT, tmp_path, rebuild=rebuild)
+    counts = [count for count, _ in candidates(task, [0, 3, 2, 1])]
+    assert counts == sorted(set(counts), reverse=True) and counts[0] <= 3000
+    run(teacher, "deepreduce", tmp_path)
+    logs = {path: path.read_text() for path in tmp_path.rglob("log.csv")}
+    result = run(teacher, "deepreduce", tmp_path, candidates=3)
+    assert all(path.read_text() == text for path, text in logs.items())  # probes and the first candidate are taken as they are
+    assert len(list(tmp_path.rglob("log.csv"))) == len(logs) + 2
+    rows = json.loads((tmp_path / "pareto.json").read_text())["rows"]
+    assert rows[-1]["validation_accuracy"] == result.validation_accuracy
+    assert rows == pareto_set(rows)
+    points = [{"relus": relus, "validation_accuracy": accuracy} for relus, accuracy in ((3, 0.7), (1, 0.5), (2, 0.4), (4, 0.7))]
+    assert pareto_set(points) == [points[1], points[0]]
+    for options in ({"candidates": 0}, {"probe": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            make_options("deepreduce", options)
 
 
 # --- cost-aware ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from model_opt.cli import pareto, reduce, train
-from model_opt.files import serialise_network
+from model_opt.files import load_network, serialise_network
 from model_opt.networks import build
 from tests.samples import network_info
 from tests.test_data import folders
@@ -95,6 +95,18 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
     with pytest.raises(SystemExit):
         rows()
     refused(capsys, "earlier version")
+
+
+def test_pareto_notes_impossible_budgets_and_reshaped_widths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pareto(Path("teacher"), Path("table"), "5,100", ["deepreduce"], lr=0.01, **SHORT)
+    made = json.loads(Path("table/pareto.json").read_text())
+    assert [row["budget"] for row in made["impossible"]] == [5] and "at most 5 ReLUs" in made["impossible"][0]["reason"]
+    (row,) = made["rows"]
+    assert row["width"] == load_network(Path("table") / row["file"])[1].width == 2
+    assert "deepreduce at 5 ReLUs: no combination" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        pareto(Path("teacher"), Path("none"), "5", ["deepreduce"], lr=0.01, **SHORT)
+    refused(capsys, "no network was made")
 
 
 def test_several_processes_reduce_together(place: Path) -> None:

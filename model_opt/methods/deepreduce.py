@@ -2,8 +2,8 @@
 
 Culling: for each stage a network that keeps ReLUs there only is trained; its criticality is (accuracy - accuracy without any
 ReLU) / (ReLUs of the stage)^0.07, and the least critical stages lose their ReLUs first. Thinning: every second activation of the
-remaining stages goes. Reshaping: half the channels, half the resolution. All combinations that fit the budget are candidates; the ones
-with the most ReLUs are trained from the teacher with distillation, and the best on the validation images wins.
+remaining stages goes. Reshaping: half the channels, half the resolution. All combinations that fit the budget are candidates, one for each
+count of ReLUs; those with the most are trained from the teacher with distillation, and the best on the validation images wins.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
-from model_opt.activation import IDENTITY, partial_activations, replace_relus
+from model_opt.activation import IDENTITY, count_relus, partial_activations, replace_relus
 from model_opt.methods.base import BudgetError, Reduced, Task
 from model_opt.methods.features import stages
 from model_opt.training import digest, fit, world, write_atomically
@@ -26,10 +27,17 @@ EXPONENT = 0.07
 
 @dataclass(frozen=True)
 class Options:
-    """Of DeepReDuce. probe: epochs for each criticality network, beyond the recipe's. candidates: how many to train."""
+    """Of DeepReDuce. probe: epochs for each criticality network, beyond the recipe's.
+
+    candidates: how many to train at most; with several, the ones that no other beats with fewer ReLUs are the Pareto set.
+    """
 
     probe: int = 1
     candidates: int = 1
+
+    def __post_init__(self) -> None:
+        if self.probe < 1 or self.candidates < 1:
+            raise ValueError(f"probe and candidates must be at least 1, got {self.probe} and {self.candidates}")
 
 
 @dataclass(frozen=True)
@@ -81,27 +89,39 @@ def criticality(task: Task, options: Options) -> dict[int, float]:
     for stage in (-1, *range(total)):  # -1: no ReLU at all
         network = shaped(task, Shape((stage,), False, 1.0, 1))
         score = fit(network, task.train, task.validation, recipe, task.folder / f"probe{stage}", teacher=task.mentor,
-                    label=f"deepreduce probe {stage}", settings={**asdict(options), "teacher": digest(task.teacher)})
-        accuracies[stage] = score, sum(layer.count(2) for layer in partial_activations(network).values())
+                    label=f"deepreduce probe {stage}", settings={"teacher": digest(task.teacher)})
+        accuracies[stage] = score, count_relus(network)
     least = accuracies[-1][0]
     return {k: (accuracy - least) / relus**EXPONENT for k, (accuracy, relus) in accuracies.items() if k >= 0}
 
 
 def candidates(task: Task, order: list[int]) -> list[tuple[int, Shape]]:
-    """Points within the budget with their counts, most ReLUs first. order: stages from least to most critical."""
+    """Points within the budget with their counts, most ReLUs first. order: stages from least to most critical.
+
+    Of those with the same count, the one that is least thinned, of the highest resolution, and widest.
+    """
     reshapings = list(product((1.0, 0.5), (1, 2))) if task.rebuild is not None else [(1.0, 1)]
     points = [Shape(tuple(sorted(order[cut:])), thinned, width, stride)
               for cut in range(1, len(order)) for thinned in (False, True) for width, stride in reshapings]
-    counted = []
-    for point in points:
-        count = sum(layer.count(2) for layer in partial_activations(shaped(task, point)).values())
+    counted: dict[int, Shape] = {}
+    for point in sorted(points, key=lambda point: (point.thinned, point.stride, -point.width_factor)):
+        count = count_relus(shaped(task, point))
         if count <= task.budget:
-            counted.append((count, point))
-    return sorted(counted, key=lambda item: (-item[0], item[1].thinned, item[1].stride, -item[1].width_factor))
+            counted.setdefault(count, point)
+    return sorted(counted.items(), reverse=True)
+
+
+def pareto_set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that no other reaches in accuracy with fewer ReLUs, fewest ReLUs first."""
+    best: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: row["relus"]):
+        if not best or row["validation_accuracy"] > best[-1]["validation_accuracy"]:
+            best.append(row)
+    return best
 
 
 def reduce(task: Task, options: Options) -> Reduced:
-    """DeepReDuce on the task's teacher; the Pareto set goes to `pareto.json` in the run folder. Raises BudgetError, TrainingError."""
+    """DeepReDuce on the task's teacher; the Pareto set goes to `pareto.json` in the run folder too. Raises BudgetError, TrainingError."""
     critical = criticality(task, options)
     order = sorted(critical, key=lambda stage: critical[stage])
     found = candidates(task, order)
@@ -116,5 +136,5 @@ def reduce(task: Task, options: Options) -> Reduced:
     best = max(tried, key=lambda item: item[0])
     rows = [{"relus": count, "validation_accuracy": score, **asdict(point)} for score, count, point, _ in tried]
     if world()[0] == 0:
-        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "trained": rows}, indent=1).encode())
+        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "rows": pareto_set(rows)}, indent=1).encode())
     return Reduced(best[3], best[0], best[2].width_factor, best[2].stride, {"criticality": critical, "shape": asdict(best[2])})
