@@ -21,7 +21,7 @@ from model_opt.methods.cost import CostModel, drop_layers
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
 from model_opt.methods.senet import Options as SenetOptions
-from model_opt.methods.senet import Pruning, allocate, attention, sensitivities
+from model_opt.methods.senet import Pruning, allocate, attention, sensitivities, whole_channels
 from model_opt.methods.slimmable import make_slimmable, set_factor
 from model_opt.methods.snl import Options as SnlOptions
 from model_opt.methods.snl import Snl
@@ -245,6 +245,12 @@ def test_units_are_kept_by_score_within_their_cost() -> None:
     keep, cut = keep_largest(torch.tensor([0.1, 0.9, 0.5, 0.3]), torch.tensor([1, 4, 4, 1]), 8)
     assert keep.tolist() == [False, True, True, False]
     assert cut == pytest.approx(0.3)
+    keep, cut = keep_largest(torch.tensor([0.9, 0.5, 0.6, 0.4, 0.3]), torch.tensor([1024, 512, 256, 256, 64]), 900)
+    assert keep.tolist() == [False, True, True, False, True]  # what does not fit is passed over
+    assert cut == float("-inf")
+    keep, cut = keep_largest(torch.tensor([0.9, 0.8, 0.3, 0.2]), torch.tensor([2, 1, 2, 2]), 1)
+    assert keep.tolist() == [False, True, False, False]
+    assert cut == pytest.approx(0.3)
     assert split_epochs(Recipe(epochs=10), 0.1, 0.4, 1) == [1, 4, 5]
     assert split_epochs(Recipe(epochs=1), 0.1, 0.4, 1) == [1, 1, 1]
 
@@ -304,6 +310,13 @@ def test_allocation_clips_and_redistributes() -> None:
     assert max(free) / min(free) < 1.01  # the rest is in proportion
     assert allocate(sum(sizes), ETA, sizes) == sizes
     assert allocate(0, ETA, sizes) == [0] * 17
+
+
+def test_channels_spend_what_earlier_layers_left_over() -> None:
+    shapes = [(2, 8, 8), (4, 4, 4), (10,)]
+    assert whole_channels([100, 20, 3], shapes) == [64, 48, 10]
+    assert whole_channels([128, 64, 10], shapes) == [128, 64, 10]
+    assert whole_channels([63, 0, 0], shapes) == [0, 48, 10]
 
 
 def test_pruning_reaches_its_density(teacher: nn.Module, tmp_path: Path) -> None:

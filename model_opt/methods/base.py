@@ -101,14 +101,21 @@ def split_epochs(recipe: Recipe, *fractions: float) -> list[int]:
 
 
 def keep_largest(score: Tensor, cost: Tensor, budget: int) -> tuple[Tensor, float]:
-    """Which units to keep, by score, so that their cost stays within the budget; and the score of the first left out.
+    """Which units to keep, by score, so that their cost stays within the budget; and the score of the first behind them.
 
-    score, cost: (units,). The kept units are a prefix of the order by score.
+    score, cost: (units,). Units are taken in the order of their scores, those that no longer fit are passed over.
     """
     order = score.sort(descending=True, stable=True)
-    within = int((cost[order.indices].cumsum(0) <= budget).sum())
-    keep = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, order.indices[:within], True)
-    return keep, float(order.values[within]) if within < len(score) else float("-inf")
+    ranked = cost[order.indices]
+    kept = ranked.cumsum(0) <= budget
+    end, room = int(kept.sum()), budget - int(ranked[kept].sum())
+    while len(fitting := (ranked[end:] <= room).nonzero()):
+        end += int(fitting[0])
+        kept[end] = True
+        room -= int(ranked[end])
+        end += 1
+    keep = torch.zeros_like(kept).index_put_((order.indices,), kept)
+    return keep, float(order.values[end]) if end < len(score) else float("-inf")
 
 
 class GateStage(Stage):

@@ -8,6 +8,7 @@ end of each stage of the network (PRAM). SENet++ trains several widths in one ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -74,6 +75,16 @@ def allocate(budget: int, sensitivity: Sequence[float], sizes: Sequence[int]) ->
     for i in by_remainder[: max(min(budget, round(sum(share))) - sum(counts), 0)]:
         counts[i] += 1
     return counts
+
+
+def whole_channels(counts: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Counts of ReLUs in whole channels; what a layer has left over goes to the next."""
+    whole, rest = [], 0
+    for count, (channels, *places) in zip(counts, shapes):
+        pixels = math.prod(places)
+        whole.append(min((count + rest) // pixels, channels) * pixels)
+        rest += count - whole[-1]
+    return whole
 
 
 class Pruning(Stage):
@@ -212,6 +223,8 @@ def reduce(task: Task, options: Options) -> Reduced:
     layers = partial_activations(student).values()
     sensitivity = sensitivities(task, options, prune)
     counts = allocate(task.budget, sensitivity, [layer.mask.numel() for layer in layers])
+    if options.granularity == "channel":
+        counts = whole_channels(counts, [tuple(layer.mask.shape) for layer in layers])
     for layer in layers:
         layer.freeze()
     recipe = replace(task.recipe, hard_weight=0.5, soft_weight=0.5)
