@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.data import Split
-from model_opt.networks import activation_shapes
+from model_opt.networks import activation_shapes, device_of
 
 IDENTITY, SQUARE, RELU, LINEAR = 0, 1, 2, 3
 """What a pixel does; the values of `PartialActivation.mask`."""
@@ -228,14 +228,15 @@ def count_relus(model: nn.Module) -> int:
 
 
 def replace_relus(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
-    """Replace each nn.ReLU by an all-ReLU PartialActivation, in place; the function computed is unchanged.
+    """Replace each nn.ReLU by an all-ReLU PartialActivation, in place and on the network's device; the function computed is unchanged.
 
     Args:
         input_shape: shape of one input without the batch, such as (3, 32, 32).
     """
+    where = device_of(model)
     for name, shape in activation_shapes(model, input_shape, nn.ReLU).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, PartialActivation(shape))
+        setattr(model.get_submodule(parent), child, PartialActivation(shape).to(where))
     return model
 
 
@@ -257,7 +258,7 @@ def fit_polynomials(model: nn.Module, sample: Split, *, damping: int = 2, releas
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     model.eval()
-    where = next(model.parameters()).device
+    where = device_of(model)
     try:
         for start in range(0, len(sample), batch):
             model(sample[start : start + batch].normalised().to(where))

@@ -158,6 +158,11 @@ def build(network: str, width: int, classes: int = 10, stride: int = 1) -> nn.Mo
     return NETWORKS[network](width, classes, stride)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @torch.no_grad()
 def activation_shapes(model: nn.Module, input_shape: tuple[int, ...], kind: type[nn.Module]) -> dict[str, tuple[int, ...]]:
     """Shape, without the batch, of what each module of type `kind` receives, in order of execution.
@@ -177,8 +182,7 @@ def activation_shapes(model: nn.Module, input_shape: tuple[int, ...], kind: type
             hooks.append(module.register_forward_pre_hook(record))
     was_training = model.training
     try:
-        first = next(model.parameters(), None)
-        model.eval()(torch.zeros(1, *input_shape, device=first.device if first is not None else "cpu"))
+        model.eval()(torch.zeros(1, *input_shape, device=device_of(model)))
     finally:
         model.train(was_training)
         for hook in hooks:

@@ -6,6 +6,7 @@ trains on its slice of each batch, gradients are averaged by DistributedDataPara
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import math
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model_opt.data import CUTOUT, SHIFT, Split, batches
+from model_opt.networks import device_of
 from protocol.model import tensors_digest
 
 NORM_IMAGES = 4000
@@ -159,7 +161,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
     """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
-    where = next(model.parameters()).device
+    where = device_of(model)
     was_training = model.training
     model.eval()
     hits = 0
@@ -182,7 +184,7 @@ def reestimate_norms(model: nn.Module, sample: Split, batch: int = 500) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
-    where = next(model.parameters()).device
+    where = device_of(model)
     model.train()
     for start in range(0, len(sample), batch):
         model(sample[start : start + batch].to(where).normalised().contiguous(memory_format=torch.channels_last))
@@ -232,7 +234,7 @@ class _Parts:
 
     def resume(self, path: Path, settings: dict[str, Any]) -> tuple[int, int]:
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise TrainingError(f"{path} is no readable checkpoint ({type(error).__name__}); delete it to start anew") from error
         if changed := changed_settings(state["settings"], settings):
@@ -312,6 +314,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     _check_disk(folder, model)
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:
+        teacher = copy.deepcopy(teacher)  # the caller's stays where and as it is
         teacher.to(where, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     train = train.to(where)
     groups = stage.begin(model, teacher)

@@ -159,6 +159,12 @@ def test_replacing_relus_keeps_the_function_and_counts(network: str) -> None:
     assert large(torch.randn(1, 3, 64, 64)).shape == (1, 200)
 
 
+def test_activations_are_made_where_the_network_is() -> None:
+    network = replace_relus(build("resnet18", 4).to("meta"), (3, 32, 32))
+    assert {value.device.type for value in network.state_dict().values()} == {"meta"}
+    assert network(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
 def test_halved_resolution() -> None:
     assert count_relus(replace_relus(build("resnet18", 16, stride=2), (3, 32, 32))) * 16 == 557_056
 

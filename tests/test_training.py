@@ -104,6 +104,16 @@ def test_distillation_is_zero_for_equal_logits() -> None:
     assert float(distillation_loss(logits, logits.flip(1), 4.0)) > 0
 
 
+def test_the_teacher_is_not_changed(tmp_path: Path) -> None:
+    """Neither its mode nor where its weights are and in what order: training works on a copy."""
+    torch.manual_seed(0)
+    student, teacher = build("resnet18", 4), build("resnet18", 4)
+    before = {name: (value.data_ptr(), value.stride()) for name, value in teacher.state_dict().items()}
+    fit(student, learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path, teacher=teacher)
+    assert teacher.training
+    assert {name: (value.data_ptr(), value.stride()) for name, value in teacher.state_dict().items()} == before
+
+
 @pytest.mark.parametrize(("schedule", "first"), [("one-cycle", 0.0), ("cosine", 0.2)])
 def test_schedules(schedule: str, first: float) -> None:
     recipe = Recipe(epochs=1, lr=0.2, schedule=schedule, warmup=0.25)

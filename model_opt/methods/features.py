@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import PartialActivation
-from model_opt.networks import activation_shapes
+from model_opt.networks import activation_shapes, device_of
 
 
 def stages(model: nn.Module, input_shape: tuple[int, ...]) -> list[list[str]]:
@@ -36,9 +36,11 @@ def weights_before(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, 
             hooks.append(module.register_forward_hook(lambda *_, name=name: ran(name)))
         elif isinstance(module, nn.ReLU):
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: found.__setitem__(name, last)))
+    was_training = model.training
     try:
-        model.eval()(torch.zeros(1, *input_shape, device=next(model.parameters()).device))
+        model.eval()(torch.zeros(1, *input_shape, device=device_of(model)))
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found
