@@ -115,19 +115,23 @@ def _decode(paths: Sequence[Path], size: int) -> Tensor:
             raise DataError(f"{path} is no readable image; remove or replace it") from error
 
     first = read(paths[0])
-    out = np.empty((len(paths), *first.shape), np.uint8)
+    height, width, channels = first.shape
+    try:
+        out = np.empty((len(paths), channels, height, width), np.uint8)
+    except MemoryError as error:
+        raise DataError(f"{len(paths):,} images of {width}x{height} do not fit into memory; pass a smaller --image-size") from error
 
     def fill(index: int) -> None:
         pixels = read(paths[index])
         if pixels.shape != first.shape:
-            raise DataError(f"images of several sizes: {paths[0]} is {first.shape[1]}x{first.shape[0]}, {paths[index]} is "
+            raise DataError(f"images of several sizes: {paths[0]} is {width}x{height}, {paths[index]} is "
                             f"{pixels.shape[1]}x{pixels.shape[0]}; pass --image-size to resize them all")
-        out[index] = pixels
+        out[index] = pixels.transpose(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(len(paths)), chunksize=64):
             pass
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(out)
 
 
 class ImageFiles(Dataset):

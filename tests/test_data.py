@@ -127,6 +127,16 @@ def test_the_first_images_are_of_all_classes(tmp_path: Path) -> None:
     assert torch.equal(train.images, open_dataset(tmp_path).load_train()[0].images)
 
 
+def test_images_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    source = open_dataset(folders(tmp_path))
+    monkeypatch.setattr(datasets.np, "empty", exhausted)
+    with pytest.raises(DataError, match=r"18 images of 16x16 do not fit into memory"):
+        source.load_train()
+
+
 def test_mistakes_in_class_folders(tmp_path: Path) -> None:
     save_image(folders(tmp_path) / "train" / "dog" / "x.png", 3, (20, 16))
     with pytest.raises(DataError, match=r"several sizes: .*\.png is (16x16, .*x\.png is 20x16|20x16, .*9\.png is 16x16); pass"):
