@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from model_opt.activation import partial_activations
 from model_opt.data import CUTOUT, SHIFT, Split, batches
 from model_opt.networks import device_of
 from protocol.model import tensors_digest
@@ -214,6 +215,11 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
+def _random_states() -> list[Tensor]:
+    """Of the global generators, of the CPU and of the GPU if there is one: dropout draws from them."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
 @dataclass
 class _Parts:
     """All that a checkpoint holds."""
@@ -226,8 +232,8 @@ class _Parts:
 
     def save(self, path: Path, settings: dict[str, Any], epoch: int, step: int) -> None:
         state = {"settings": settings, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-                 "generator": self.generator.get_state(), "stage": self.stage.state(), "epoch": epoch, "step": step,
-                 "average": self.average.state_dict() if self.average is not None else None}
+                 "generator": self.generator.get_state(), "random": _random_states(), "stage": self.stage.state(),
+                 "epoch": epoch, "step": step, "average": self.average.state_dict() if self.average is not None else None}
         buffer = io.BytesIO()  # torch.save to a file hides a full disk behind a RuntimeError
         torch.save(state, buffer)
         write_atomically(path, buffer.getbuffer())
@@ -242,6 +248,9 @@ class _Parts:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"][0])
+        if torch.cuda.is_available() and len(state["random"]) > 1:
+            torch.cuda.set_rng_state(state["random"][1])
         self.stage.load(state["stage"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -298,6 +307,8 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
     """
     if len(train) < recipe.batch:
         raise TrainingError(f"{len(train)} training images are fewer than one batch of {recipe.batch}; use a smaller --batch")
+    if recipe.start_size and partial_activations(model):
+        raise TrainingError("masks are of one image size; leave out --start-size, which only all-ReLU networks can use")
     stage = stage or Stage()
     settings = {"label": label, "distil": teacher is not None, "teacher": digest(teacher) if teacher is not None else "",
                 "data": [train.digest(), validation.digest()], **asdict(recipe), **(settings or {})}
