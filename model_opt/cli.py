@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
             else:
                 values[name] = tuple(float(part) for part in text.split(","))
         except (ValueError, KeyError) as error:
-            expected = getattr(kind, "__name__", "list of numbers")
+            expected = kind.__name__ if kind in (bool, int, float, str) else "list of numbers"
             raise InputError(f"{pair!r} is no valid setting", f"write {name}=VALUE with a {expected}") from error
     try:
         methods.make_options(method, values)
@@ -303,12 +304,15 @@ def pareto(
     try:
         counts = [round(float(b[:-1]) / 100 * total) if b.endswith("%") else int(b) for b in budgets.split(",")]
         numbers = [int(s) for s in seeds.split(",")]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError("--budgets and --seeds take numbers separated by commas", "for example --budgets 12900,10%") from error
     for count in counts:
         methods.check_budget(count, total)
-    chosen = [(c, c.partition(":")[0], _parse_options(c.partition(":")[0], [p for p in c.partition(":")[2].split(",") if p]))
-              for c in configurations]
+    chosen = []
+    for configuration in configurations:
+        method, _, text = configuration.partition(":")
+        pairs = re.split(r",(?=\w+=)", text) if text else []  # a value may be a list: widths=0.5,0.25
+        chosen.append((configuration, method, _parse_options(method, pairs)))
     source = _open(folder, dataset, image_size, False)
     splits = _fitting(source, info, teacher)
     sources = _sources(parent, source, splits)

@@ -142,9 +142,9 @@ def test_a_network_without_a_registry_entry(tmp_path: Path) -> None:
 
 
 def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path) -> None:
-    for budget, reason in ((-1, "negative"), (10**9, "exceeds the network's 34,816")):
+    for budget, reason in ((-1, "negative"), (float("nan"), "negative"), (10**9, "exceeds the network's 34,816")):
         with pytest.raises(BudgetError, match=reason):
-            run(teacher, "autorep", tmp_path, budget=budget)
+            run(teacher, "autorep", tmp_path, budget=budget)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match=r"no nn.ReLU"):
         reduce(nn.Sequential(nn.Conv2d(3, 4, 3)), budget=0, data=(TRAIN, VALIDATION), folder=tmp_path)
     with pytest.raises(BudgetError, match="no combination"):
@@ -153,6 +153,14 @@ def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path)
                             ({"released": True}, "c2 per channel"), ({"c2": "pixel"}, "layer or channel")):
         with pytest.raises(ValueError, match=reason):
             make_options("autorep", options)
+    for method, name, value in (("senet", "prune", -1.0), ("senet", "search", 3.0), ("senet", "search", 0.9), ("snl", "search", 3.0),
+                                ("snl", "threshold", -1.0), ("snl", "penalty", float("nan"))):
+        with pytest.raises(ValueError, match=name):
+            make_options(method, {name: value})
+    for widths, own, reason in (((0.5, 0.3), rebuild, "0.3 of the 4 channels"), ((0.5,), None, "of the registry")):
+        with pytest.raises(BudgetError, match=reason):
+            reduce(teacher, method="senet", budget=3000, data=(TRAIN, VALIDATION), folder=tmp_path / "none", rebuild=own, widths=widths)
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="unknown method"):
         make_options("magic", {})
     check_budget(0, 4096)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from model_opt.activation import replace_relus
 from model_opt.cli import pareto, reduce, train
 from model_opt.files import load_network, serialise_network
 from model_opt.networks import build
@@ -55,6 +56,8 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
 
     again()
     again()
+    made_by = load_network(Path("out"))[1].made_by
+    assert {"schedule", "ema", "dataset", "teacher", "data", "torch", "options"} <= set(made_by)
     write_teacher(Path("teacher"), seed=1)
     with pytest.raises(SystemExit):
         reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
@@ -107,6 +110,23 @@ def test_pareto_notes_impossible_budgets_and_reshaped_widths(place: Path, capsys
     with pytest.raises(SystemExit):
         pareto(Path("teacher"), Path("none"), "5", ["deepreduce"], lr=0.01, **SHORT)
     refused(capsys, "no network was made")
+
+
+def test_settings_that_cannot_be(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for budgets, method, words in (("inf%", "autorep", "numbers separated by commas"), ("200", "senet:widths=0.5,a", "list of numbers"),
+                                   ("200", "snl:search=0.5,threshold=-1", "threshold")):
+        with pytest.raises(SystemExit):
+            pareto(Path("teacher"), Path("table"), budgets, [method], **SHORT)
+        refused(capsys, words)
+    with pytest.raises(SystemExit):  # both widths are read, and the second is refused before anything is trained
+        pareto(Path("teacher"), Path("table"), "200", ["senet:widths=0.5,0.3,beta=1"], **SHORT)
+    assert "0.3 of the 4 channels" in capsys.readouterr().out and not Path("table").exists()
+    reduced = replace_relus(load_network(Path("teacher"))[0], (3, 16, 16))
+    facts = {"classes": ("cat", "dog"), "input_shape": (3, 16, 16), "partial": True}
+    Path("reduced").write_bytes(serialise_network(reduced, network_info(**facts)))
+    with pytest.raises(SystemExit):
+        train(Path("out"), start=Path("reduced"), start_size=8, **SHORT)
+    refused(capsys, "leave out --start-size")
 
 
 def test_several_processes_reduce_together(place: Path) -> None:

@@ -31,7 +31,7 @@ def count_all(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 def check_budget(budget: int, total: int) -> None:
     """Raise BudgetError unless 0 <= budget <= total."""
-    if budget < 0:
+    if not budget >= 0:  # or NaN
         raise BudgetError(f"the budget must not be negative, got {budget:,}")
     if budget > total:
         raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}")

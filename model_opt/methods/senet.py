@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model_opt.activation import IDENTITY, RELU, partial_activations
 from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, split_epochs
 from model_opt.methods.features import Recorder, stages, weights_before
-from model_opt.methods.slimmable import Slimming, extract, make_slimmable
+from model_opt.methods.slimmable import Slimming, check_slimmable, extract, make_slimmable
 from model_opt.training import NORM_IMAGES, Stage, fit
 
 
@@ -46,10 +46,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.granularity not in ("pixel", "channel"):
             raise ValueError(f"unknown granularity {self.granularity!r}; known: pixel, channel")
-        if not 0 < self.density < 1:
-            raise ValueError(f"density must lie in (0, 1), got {self.density}")
-        if any(not 0 < width < 1 for width in self.widths):
-            raise ValueError(f"widths must lie in (0, 1), got {self.widths}")
+        for name, fractions in (("density", [self.density]), ("prune", [self.prune]), ("search", [self.search]), ("widths", self.widths)):
+            if any(not 0 < fraction < 1 for fraction in fractions):
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+        if self.prune + self.search >= 1:
+            raise ValueError(f"prune and search leave no epochs for stage 3: {self.prune} and {self.search}")
 
 
 def allocate(budget: int, sensitivity: Sequence[float], sizes: Sequence[int]) -> list[int]:
@@ -218,6 +219,8 @@ def reduce(task: Task, options: Options) -> Reduced:
     """SENet on the task's teacher. Raises BudgetError, TrainingError."""
     if not task.distil:
         raise BudgetError("SENet compares activations with the teacher's and cannot do without distillation")
+    if options.widths:
+        check_slimmable(task, options.widths)
     prune, search, tune = split_epochs(task.recipe, options.prune, options.search, 1)
     student = task.student()
     layers = partial_activations(student).values()

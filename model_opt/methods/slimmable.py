@@ -2,7 +2,7 @@
 
 Width p uses the first p of every layer's channels, and a BatchNorm of its own; the classifier keeps all outputs and the mask is
 shared. The paper's training step was not at hand: here every step adds, to the loss at full width, that of each narrower width
-against the labels and the full width's outputs.
+against the full width's outputs.
 """
 
 from __future__ import annotations
@@ -54,12 +54,23 @@ class SlimBatchNorm(nn.Module):
         return result
 
 
-def make_slimmable(model: nn.Module, factors: tuple[float, ...]) -> None:
-    """Let a network run at narrower widths too, in place. Raises BudgetError for layers that cannot."""
-    for name, module in list(model.named_modules()):
+def check_slimmable(task: Task, factors: tuple[float, ...]) -> None:
+    """Raise BudgetError unless the teacher can run at these widths."""
+    if task.rebuild is None:
+        raise BudgetError("only networks of the registry have narrower versions")
+    for name, module in task.teacher.named_modules():
         if isinstance(module, nn.Conv2d):
             if module.groups != 1:
                 raise BudgetError(f"grouped convolutions ({name}) cannot be slimmed")
+            for factor in factors:
+                if abs(module.out_channels * factor - round(module.out_channels * factor)) > 1e-6:
+                    raise BudgetError(f"{factor} of the {module.out_channels} channels of {name} is no whole number; choose other widths")
+
+
+def make_slimmable(model: nn.Module, factors: tuple[float, ...]) -> None:
+    """Let a network run at narrower widths too, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
             module.__class__ = SlimConv2d
         elif isinstance(module, nn.Linear):
             module.__class__ = SlimLinear
@@ -125,8 +136,7 @@ class Slimming(Stage):
 
 def extract(model: nn.Module, task: Task, factor: float, sample: Split) -> Reduced:
     """The network of one width as one of the registry, its BatchNorm statistics re-estimated on `sample`."""
-    if task.rebuild is None:
-        raise BudgetError("only networks of the registry have narrower versions")
+    assert task.rebuild is not None
     narrow = replace_relus(task.rebuild(factor, 1), task.shape)
     source: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():

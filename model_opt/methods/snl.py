@@ -39,6 +39,13 @@ class Options:
     granularity: str = "pixel"
     tune_lr: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.search < 1:
+            raise ValueError(f"search must lie in (0, 1), got {self.search}")
+        if not (self.penalty > 0 and self.growth >= 1 and self.threshold >= 0):
+            raise ValueError(f"penalty must be above 0, growth at least 1 and threshold not negative, got {self.penalty}, {self.growth} "
+                             f"and {self.threshold}")
+
 
 class Snl(GateStage):
     """Stage 1."""
