@@ -382,12 +382,12 @@ def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: P
 
 
 def _load_masks(file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Name and masks of a float network or a compiled model."""
+    """Name and masks, from the first layer to the last, of a float network or a compiled model."""
     try:
         model, info = files.load_network(file)
     except files.NetworkFileError:
-        loaded = _load_compiled(file)
-        return loaded.public.name, loaded.public.masks
+        public = _load_compiled(file).public
+        return public.name, {node.name: public.masks[node.name] for node in public.nodes if node.name in public.masks}
     if not info.partial:
         raise InputError(f"{file} is not reduced: every activation is a ReLU", "pass a network from `reduce` or a compiled model")
     return f"{info.network} width {info.width}", {name: layer.mask for name, layer in partial_activations(model).items()}

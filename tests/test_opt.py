@@ -12,13 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from model_opt.activation import replace_relus
-from model_opt.cli import pareto, reduce, train
+from model_opt.activation import IDENTITY, RELU, SQUARE, count_relus, partial_activations, replace_relus
+from model_opt.cli import pareto, reduce, show, train
+from model_opt.compiler import compile_model
+from model_opt.datasets import open_dataset
 from model_opt.files import load_network, serialise_network
+from model_opt.methods import count_all
 from model_opt.networks import build
-from tests.samples import network_info
+from model_opt.published import CIFAR10
+from model_opt.show import draw_pareto
+from protocol.model import save
+from tests.samples import MEAN, STD, network_info
 from tests.test_data import folders
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch": 6}
@@ -152,3 +159,67 @@ def test_several_processes_reduce_together(place: Path) -> None:
     rows = json.loads(Path("table/pareto.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["snl", "senet:widths=0.5", "deepreduce"]
     assert all(row["relus"] <= 200 for row in rows) and not list(place.rglob("*.part"))
+
+
+def test_show_counts_and_draws(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a reduced network and of what it compiles to: the same counts, and a picture."""
+    torch.manual_seed(0)
+    network = replace_relus(load_network(Path("teacher"))[0], (3, 16, 16))
+    layers = partial_activations(network)
+    for layer in layers.values():
+        layer.mask.copy_(torch.randint(0, 3, layer.mask.shape))
+        layer.c2_shift.fill_(12)  # an untrained network of larger squares leaves the ring
+    info = network_info(classes=("cat", "dog"), input_shape=(3, 16, 16), partial=True)
+    Path("reduced").write_bytes(serialise_network(network, info))
+    images = open_dataset(Path("data")).load_train()[0].normalised()
+    save(compile_model(network, images, name="both", classes=info.classes, mean=MEAN, std=STD), Path("compiled"))
+    capsys.readouterr()
+    for file, name in ((Path("reduced"), "resnet18 width 4"), (Path("compiled"), "both")):
+        show(file, plot=Path("masks.png"), as_json=True)
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["name"] == name and len(shown["layers"]) == len(layers) == 17
+        for row, layer in zip(shown["layers"], layers.values()):
+            assert row["shape"] == list(layer.mask.shape)
+            assert (row["relu"], row["square"], row["identity"]) == tuple(layer.count(kind) for kind in (RELU, SQUARE, IDENTITY))
+        assert shown["total"]["relu"] == count_relus(network)
+        assert Image.open("masks.png").size[0] > 500
+        Path("masks.png").unlink()
+        show(file)
+        assert f"{count_relus(network):,}" in capsys.readouterr().out
+    for file, plot, words in (("teacher", None, "not reduced"), ("reduced", Path("masks.nothing"), "cannot write"), ("none", None, "none")):
+        with pytest.raises(SystemExit):
+            show(Path(file), plot=plot)
+        refused(capsys, words)
+
+
+def test_pareto_writes_a_table_and_a_picture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pareto(Path("teacher"), Path("table"), "50%,200", ["snl", "autorep:degree=1,freeze=0.5"], lr=0.01, **SHORT)
+    assert "wrote table/pareto.json" in capsys.readouterr().out
+    rows = json.loads(Path("table/pareto.json").read_text())["rows"]
+    total = count_all(load_network(Path("teacher"))[0], (3, 16, 16))
+    assert [(row["method"], row["budget"]) for row in rows] == [(m, b) for m in ("snl", "autorep") for b in (total // 2, 200)]
+    for row in rows:
+        network, info = load_network(Path("table") / row["file"])
+        assert count_relus(network) == row["relus"] == info.made_by["relus"] <= row["budget"]
+        assert row["degree"] == (1 if row["method"] == "autorep" else 0)
+    with Path("table/pareto.csv").open() as table:
+        listed = list(csv.DictReader(table))
+    assert [(row["label"], int(row["relus"])) for row in listed] == [(row["label"], row["relus"]) for row in rows]
+    assert Image.open("table/pareto.png").size[0] > 500
+
+
+def test_published_results_are_drawn_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("model_opt.show.plt.close", figures.append)
+    rows = [{"label": label, "relus": relus, "validation_accuracy": 0.9, "test_accuracy": tested}
+            for label, relus, tested in (("snl", 300, 0.8), ("snl", 100, 0.7), ("autorep", 0, None))]
+    for chosen, published in ((rows, True), (rows[:2], False)):
+        draw_pareto(chosen, tmp_path / "p.png", "title", published)
+    (ours, marks), (tested, none) = ([[line for line in figure.axes[0].get_lines() if line.get_label().startswith("published") == kind]
+                                      for kind in (False, True)] for figure in figures)
+    assert [line.get_label() for line in ours] == ["autorep", "snl"]
+    assert list(ours[1].get_xdata()) == [100, 300] and list(ours[1].get_ydata()) == [90, 90]  # validation: one row has no test accuracy
+    assert list(ours[0].get_xdata()) == [1]  # on a log scale
+    assert list(tested[0].get_ydata()) == [70, 80] and not none
+    points = {(r.relus, r.accuracy) for r in CIFAR10}
+    assert {point for line in marks for point in zip(line.get_xdata(), line.get_ydata())} == points
