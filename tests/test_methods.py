@@ -154,7 +154,8 @@ def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path)
         with pytest.raises(ValueError, match=reason):
             make_options("autorep", options)
     for method, name, value in (("senet", "prune", -1.0), ("senet", "search", 3.0), ("senet", "search", 0.9), ("snl", "search", 3.0),
-                                ("snl", "threshold", -1.0), ("snl", "penalty", float("nan"))):
+                                ("snl", "threshold", -1.0), ("snl", "penalty", float("nan")), ("snl", "granularity", "row"),
+                                ("senet", "granularity", "row")):
         with pytest.raises(ValueError, match=name):
             make_options(method, {name: value})
     for widths, own, reason in (((0.5, 0.3), rebuild, "0.3 of the 4 channels"), ((0.5,), None, "of the registry")):

@@ -37,6 +37,12 @@ def check_budget(budget: int, total: int) -> None:
         raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}")
 
 
+def check_granularity(granularity: str) -> None:
+    """Raise BudgetError unless ReLUs can be chosen so."""
+    if granularity not in ("pixel", "channel"):
+        raise BudgetError(f"unknown granularity {granularity!r}; known: pixel, channel")
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method is given.
@@ -129,8 +135,7 @@ class GateStage(Stage):
     """
 
     def __init__(self, model: nn.Module, budget: int, *, granularity: str, lr: float, freeze: float) -> None:
-        if granularity not in ("pixel", "channel"):
-            raise BudgetError(f"unknown granularity {granularity!r}; known: pixel, channel")
+        check_granularity(granularity)
         if not 0 < freeze <= 1:
             raise BudgetError(f"freeze must lie in (0, 1], got {freeze}")
         self.layers = list(partial_activations(model).values())

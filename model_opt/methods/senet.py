@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, RELU, partial_activations
-from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, split_epochs
+from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, check_granularity, split_epochs
 from model_opt.methods.features import Recorder, stages, weights_before
 from model_opt.methods.slimmable import Slimming, check_slimmable, extract, make_slimmable
 from model_opt.training import NORM_IMAGES, Stage, fit
@@ -44,8 +44,7 @@ class Options:
     widths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("pixel", "channel"):
-            raise ValueError(f"unknown granularity {self.granularity!r}; known: pixel, channel")
+        check_granularity(self.granularity)
         for name, fractions in (("density", [self.density]), ("prune", [self.prune]), ("search", [self.search]), ("widths", self.widths)):
             if any(not 0 < fraction < 1 for fraction in fractions):
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, RELU
-from model_opt.methods.base import GateStage, Reduced, Task, keep_largest, set_gates, split_epochs
+from model_opt.methods.base import GateStage, Reduced, Task, check_granularity, keep_largest, set_gates, split_epochs
 from model_opt.training import fit
 
 CHECKS = 100
@@ -40,6 +40,7 @@ class Options:
     tune_lr: float = 0.5
 
     def __post_init__(self) -> None:
+        check_granularity(self.granularity)
         if not 0 < self.search < 1:
             raise ValueError(f"search must lie in (0, 1), got {self.search}")
         if not (self.penalty > 0 and self.growth >= 1 and self.threshold >= 0):
