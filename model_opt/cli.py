@@ -46,7 +46,7 @@ Shift = Annotated[float, typer.Option(help="Augmentation: largest shift, as a fr
 Cutout = Annotated[float, typer.Option(help="Augmentation: side of the hole, as a fraction of the side; 0 for none.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")]
 Distil = Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")]
-Link = Annotated[str, typer.Option(help="Link of --target-ms: loopback, lan, wan, mobile.")]
+Link = Annotated[str | None, typer.Option(help="Link of --target-ms: loopback (the default), lan, wan, mobile.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--option", "-o", help="A setting of the method, as name=value; repeatable.")]
 
 
@@ -232,10 +232,12 @@ def reduce(
     teacher: Annotated[Path, typer.Option(help="All-ReLU network, from `train`.")],
     out: Annotated[Path, typer.Option(help="Where to write the network.")],
     budget: Annotated[int | None, typer.Option(help="ReLUs per image that may remain.")] = None,
-    method: Annotated[str, typer.Option(help=f"{', '.join(methods.METHODS)}.")] = "autorep",
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(methods.METHODS)}; default autorep, or cost with a target.")] = None,
     option: MethodOption = None,
     target_ms: Annotated[float | None, typer.Option(help="Online latency to meet instead of a budget (method cost).", min=0)] = None,
-    link: Link = "loopback",
+    target_bytes: Annotated[int | None, typer.Option(
+        help="Online bytes of one image, both ways together, to meet instead of a budget (method cost).", min=0)] = None,
+    link: Link = None,
     folder: Data = Path("data"),
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,
@@ -251,12 +253,16 @@ def reduce(
     run: Run = None,
     download: Download = False,
 ) -> None:
-    """Reduce a network's ReLUs to at most BUDGET, or until it meets a latency on a link."""
+    """Reduce a network's ReLUs to at most BUDGET, or until it meets a latency on a link or a number of online bytes."""
     parent, info = _teacher(teacher)
-    if target_ms is not None:
-        method, option = "cost", [f"target_ms={target_ms}", f"link={link}", *(option or [])]
-    elif budget is None:
-        raise InputError("no goal given", "pass --budget, or --target-ms with --link")
+    goal = {"target_ms": target_ms, "target_bytes": target_bytes, "link": link}
+    if targets := [f"{name}={value}" for name, value in goal.items() if value is not None]:
+        if method not in (None, "cost"):
+            raise InputError(f"a target and --link do not go with --method {method}", "leave --method out, or pass --budget alone")
+        method, option = "cost", [*targets, *(option or [])]
+    elif budget is None and method != "cost":
+        raise InputError("no goal given", "pass --budget, --target-ms with --link, or --target-bytes")
+    method = method or "autorep"
     options = _parse_options(method, option or [])
     total = methods.count_all(parent, info.input_shape)
     budget = total if budget is None else budget

@@ -17,7 +17,6 @@ from model_opt.files import load_network, serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, check_budget, make_options, reduce
 from model_opt.methods.autorep import AutoRep, Options
 from model_opt.methods.base import keep_largest, split_epochs
-from model_opt.methods.cost import CostModel, drop_layers
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
 from model_opt.methods.senet import Options as SenetOptions
@@ -28,7 +27,6 @@ from model_opt.methods.snl import Snl
 from model_opt.networks import build
 from model_opt.training import Recipe, Stage, TrainingError, accuracy, fit
 from protocol.inference import infer
-from protocol.links import LINKS
 from protocol.simulation import simulate
 from tests.samples import MEAN, STD, learnable, network_info
 
@@ -417,38 +415,6 @@ def test_deepreduce_gives_the_pareto_set_of_its_candidates(teacher: nn.Module, t
     for options in ({"candidates": 0}, {"probe": 0}):
         with pytest.raises(ValueError, match="at least 1"):
             make_options("deepreduce", options)
-
-
-# --- cost-aware ---------------------------------------------------------------------------------------------------------
-
-
-def test_link_decides_what_to_drop(teacher: nn.Module) -> None:
-    task = Task(teacher, 10**9, TRAIN, VALIDATION, SHORT, Path())
-    pixels = 34_816
-
-    def plan(link: str, target_ms: float) -> tuple[list[str], int, CostModel]:
-        cost = CostModel(LINKS[link], 0.010, 1e-6, 3072, 10)
-        return *drop_layers(task, cost, target_ms / 1000), cost
-
-    dropped, relus, _ = plan("loopback", 20)
-    assert (dropped, relus) == ([], 10_000)  # no round trip to save: ReLUs fill what compute leaves
-    dropped, relus, cost = plan("wan", 600)
-    assert len(dropped) == 11  # 600 ms hold seven round trips of 80 ms
-    kept = pixels - sum(layer.mask.numel() for name, layer in partial_activations(task.student()).items() if name in dropped)
-    assert 0.55 < cost.seconds(6, kept, relus) <= 0.6
-    with pytest.raises(BudgetError, match="raise target_ms"):
-        plan("wan", 50)
-
-
-def test_cost_aware_reduction(teacher: nn.Module, tmp_path: Path) -> None:
-    result = run(teacher, "cost", tmp_path, budget=34_816, target_ms=500.0, link="wan")
-    assert result.details["predicted_ms"] <= 500
-    layers = partial_activations(result.model)
-    assert all(layers[name].count(LINEAR) == layers[name].mask.numel() for name in result.details["dropped"])
-    model = compile_model(result.model, VALIDATION[:2].normalised(), name="m", classes=(), mean=MEAN, std=STD)
-    assert len(model.public.masks) == 17 - len(result.details["dropped"])
-    with pytest.raises(BudgetError, match="needs target_ms"):
-        run(teacher, "cost", tmp_path)
 
 
 def test_going_on_with_a_reduced_network_keeps_its_masks(tmp_path: Path) -> None:

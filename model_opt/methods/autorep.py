@@ -71,6 +71,11 @@ class AutoRep(GateStage):
                 assert layer.gate is not None
                 layer.gate.data.copy_(layer.gate.data.flatten(1)[:, :1].view(layer.channels).expand_as(layer.gate))
 
+    @property
+    def learning(self) -> bool:
+        """Whether the mask can still change."""
+        return any(gate.requires_grad for gate in self.gates())
+
     def scheduled(self, progress: float) -> int:
         """ReLUs allowed after the fraction `progress` of the run."""
         done = min(progress / self.freeze, 1.0)
