@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, partial_activat
 from model_opt.compiler import compile_model
 from model_opt.files import serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, cost, make_options, reduce
-from model_opt.methods.cost import CostModel, choose, cost_model, demote, line_scores
+from model_opt.methods.cost import CostModel, Reduction, choose, cost_model, decide, demote, line_scores
 from model_opt.networks import build
-from model_opt.training import Recipe, fit
+from model_opt.training import Recipe, TrainingError, fit
 from protocol.inference import infer
 from protocol.links import LINKS
 from protocol.model import Model
@@ -222,6 +223,48 @@ def test_targets_that_contradict_each_other(teacher: nn.Module, tmp_path: Path) 
         run(teacher, tmp_path)
     with pytest.raises(BudgetError, match="raise target_bytes"):
         run(teacher, tmp_path, target_bytes=1000)
+
+
+def test_a_restart_measures_nothing_anew(teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the mask is fixed and some squares are lines, a run goes on to what it would have become, on any machine."""
+    everything = make_plan(compiled(teacher).public, 1)
+    goal = {"budget": 150, "target_ms": int(in_ms(everything).total(1, 700, 100)), "link": "wan"}
+    monkeypatch.setattr(cost, "measure", lambda *_: in_ms(everything))
+    whole = run(teacher, tmp_path / "whole", **goal)
+    epochs = []
+
+    def interrupt(_: Reduction) -> None:
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reduction, "after_epoch", interrupt, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run(teacher, tmp_path / "parts", **goal)
+    monkeypatch.setattr(cost, "measure", None)
+    resumed = run(teacher, tmp_path / "parts", **goal)
+    assert resumed.details == whole.details
+    assert all(torch.allclose(value, resumed.model.state_dict()[key], atol=1e-6) for key, value in whole.model.state_dict().items())
+    with pytest.raises(TrainingError, match=r"other settings \(budget\)"):
+        run(teacher, tmp_path / "parts", **{**goal, "budget": 160})
+    (tmp_path / "parts" / "choice.json").write_text("{}")
+    with pytest.raises(TrainingError, match="delete it to start anew"):
+        run(teacher, tmp_path / "parts", **goal)
+
+
+def test_other_processes_read_what_the_first_chose(teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task(teacher, 150, TRAIN, VALIDATION, SHORT, tmp_path)
+    options = cost.Options(target_bytes=60_000)
+    first = decide(task, options)
+    (tmp_path / "choice.json").rename(tmp_path / "later")
+    monkeypatch.setattr(cost, "measure", None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    writing = threading.Timer(0.3, lambda: (tmp_path / "later").rename(tmp_path / "choice.json"))
+    writing.start()
+    assert decide(task, options) == first
+    writing.join()
 
 
 def test_the_command_refuses_targets_beside_another_method(tmp_path: Path) -> None:

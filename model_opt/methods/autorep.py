@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,6 +113,15 @@ class AutoRep(GateStage):
             for layer in self.layers:
                 if layer.c2 is not None:
                     layer.c2.clamp_(-self.options.clip_x2, self.options.clip_x2)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "learning": self.learning}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        if not state.get("learning", True):
+            for gate in self.gates():
+                gate.requires_grad_(False)
 
 
 def prepare(model: nn.Module, task: Task, options: Options, linear: Collection[str] = ()) -> None:

@@ -13,11 +13,12 @@ more pixels are active than the target pays for.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from model_opt.compiler import compile_model
 from model_opt.data import Split
 from model_opt.methods import autorep
 from model_opt.methods.base import BudgetError, Reduced, Task, keep_largest
-from model_opt.training import device, distillation_loss, fit
+from model_opt.training import TrainingError, device, distillation_loss, fit, world, write_atomically
 from protocol import ring
 from protocol.inference import preprocess, run_online
 from protocol.links import LINKS
@@ -249,6 +250,32 @@ def choose(task: Task, cost: CostModel, target: float) -> Choice:
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def decide(task: Task, options: Options) -> Choice:
+    """The choice for the options' target, measured once and kept in the run folder: a restart and torchrun's other processes read it.
+
+    Raises BudgetError, and TrainingError for a file of other settings or that cannot be written or read.
+    """
+    path, settings = task.folder / "choice.json", task.settings(options)
+    if world()[0] == 0 and not path.exists():
+        choice = choose(task, measure(task, options), options.target)
+        try:
+            write_atomically(path, json.dumps({"settings": settings, **asdict(choice)}, indent=1).encode())
+        except OSError as error:
+            raise TrainingError(f"cannot write {path}: {error.strerror}") from error
+    while not path.exists():
+        time.sleep(0.2)
+    try:
+        kept = json.loads(path.read_bytes())
+        before = kept.pop("settings")
+        choice = Choice(**{**kept, "cost": CostModel(**kept["cost"])})
+        changed = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{path} cannot be read ({type(error).__name__}); delete it to start anew") from error
+    if changed:
+        raise TrainingError(f"{path} was made with other settings ({', '.join(changed)}); use another folder or the same settings")
+    return choice
+
+
 class Reduction(autorep.AutoRep):
     """AutoReP on the layers that are left; when its choice is made, the squares that matter least become lines."""
 
@@ -275,7 +302,7 @@ def reduce(task: Task, options: Options) -> Reduced:
     """The network for a target; the task's budget is an upper limit too. Raises BudgetError, TrainingError."""
     if not options.target:
         raise BudgetError("cost-aware reduction needs target_ms or target_bytes")
-    choice = choose(task, measure(task, options), options.target)
+    choice = decide(task, options)
     cost = choice.cost
     student = task.student()
     # where the target pays for no pixel beyond the ReLUs, a ReLU that goes becomes a line at once
