@@ -21,7 +21,7 @@ IDENTITY, SQUARE, RELU, LINEAR = 0, 1, 2, 3
 
 RANGE_PENALTY = 1e-2
 RANGE = 0.25
-"""RANGE_PENALTY times half the squared excess of |z| over RANGE / c2, summed over square pixels, joins each image's loss.
+"""RANGE_PENALTY (the default) times half the squared excess of |z| over RANGE / c2, summed over square pixels, joins each image's loss.
 
 Far beyond that range the quadratic term dominates, and successive layers amplify outliers until BatchNorm's running
 statistics, and with them evaluation, are worthless: seen at a penalty of 1e-3 beyond 1/c2, gone with these values.
@@ -75,8 +75,10 @@ class _Partial(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, gate: Tensor | None, keep: Tensor | None, c2: Tensor, c1: Tensor, c0: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, gate: Tensor | None, keep: Tensor | None, range_penalty: float, c2: Tensor, c1: Tensor,
+                c0: Tensor) -> Tensor:
         flat = _flat(z)
+        ctx.range_penalty = range_penalty
         rows = [c.to(z.dtype) for c in (c2, c1, c0)]
         ctx.save_for_backward(z, gate, keep, *rows)
         poly = torch.addcmul(rows[2], flat, torch.addcmul(rows[1], flat, rows[0]))
@@ -94,21 +96,21 @@ class _Partial(torch.autograd.Function):
         slope, step = torch.addcmul(linear, flat, c2), (flat > 0).to(z.dtype)
         slope = torch.where(keep, step, slope) if keep is not None else torch.lerp(slope, step, gate.to(z.dtype))
         grads: list[Tensor | None] = [None, None, None]
-        if any(ctx.needs_input_grad[3:]):
+        if any(ctx.needs_input_grad[4:]):
             share = (~keep).float() if keep is not None else 1 - gate.float()
             weighted = [flat_grad * flat * flat, flat_grad * flat, flat_grad]
             for i in range(3):
-                if ctx.needs_input_grad[3 + i]:
+                if ctx.needs_input_grad[4 + i]:
                     grads[i] = (ones @ weighted[i])[0].float() * share
         grad_z = flat_grad * slope
-        if RANGE_PENALTY and keep is not None:
+        if ctx.range_penalty and keep is not None:
             reach = torch.where(keep | (c2 == 0), math.inf, RANGE / c2.abs())
-            grad_z.add_(flat - torch.minimum(torch.maximum(flat, -reach), reach), alpha=RANGE_PENALTY / len(z))
+            grad_z.add_(flat - torch.minimum(torch.maximum(flat, -reach), reach), alpha=ctx.range_penalty / len(z))
         grad_gate = None
         if gate is not None and ctx.needs_input_grad[1]:
             gap = torch.addcmul(c0, flat, linear).neg_().add_(flat.clamp_min(0))
             grad_gate = (ones @ gap.mul_(flat_grad))[0].float()
-        return _unflat(grad_z, z), grad_gate, None, *grads
+        return _unflat(grad_z, z), grad_gate, None, None, *grads
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -128,11 +130,12 @@ class PartialActivation(nn.Module):
 
     y = ReLU(z) where mask == RELU, c2 z^2 + c1 z + c0 where SQUARE, c1 z + c0 where LINEAR, z where IDENTITY.
     c1 and c0 are per channel (dimension 1); c2 is 2^-k with one integer k per layer, or per channel if
-    `per_channel_c2` was called. Starts as all-ReLU.
+    `per_channel_c2` was called, times the constant `c2_scale`. Starts as all-ReLU.
 
     `replacement`: what a ReLU pixel would become, for the gradient of its gate.
     `gate`: what a reduction method puts in the mask's place while it trains: real, of the mask's shape, 1 for ReLU. With
     `soft_gate` the output is the mixture itself, else the mask decides and the gate only receives the gradient.
+    `range_penalty`: see RANGE_PENALTY; 0 for none.
 
     Args:
         shape: shape of z without the batch.
@@ -154,6 +157,8 @@ class PartialActivation(nn.Module):
         self.replacement = SQUARE
         self.register_parameter("gate", None)
         self.soft_gate = False
+        self.range_penalty = RANGE_PENALTY
+        self.c2_scale = 1.0
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.mask.shape)}, relus={self.count(RELU)}, squares={self.count(SQUARE)}"
@@ -164,11 +169,17 @@ class PartialActivation(nn.Module):
 
     def quadratic(self) -> Tensor:
         """The quadratic coefficient of each channel, of shape (C, 1, ...)."""
-        return self.c2 if self.c2 is not None else torch.exp2(-self.c2_shift.float()).expand(self.channels)
+        return self.c2 * self.c2_scale if self.c2 is not None else torch.exp2(-self.c2_shift.float()).expand(self.channels)
 
     def per_channel_c2(self) -> None:
         """From now on c2 is trained, one per channel, starting from the layer's."""
         self.c2 = nn.Parameter(self.quadratic().clone())
+
+    def fold_c2_scale(self) -> None:
+        """The same function with `c2_scale` 1."""
+        if self.c2 is not None:
+            self.c2.data.mul_(self.c2_scale)
+        self.c2_scale = 1.0
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor, damping: int = 2) -> None:
@@ -213,7 +224,7 @@ class PartialActivation(nn.Module):
         mask = self.mask[: z.shape[1]]  # a slimmable network may pass its first channels only
         gate = None if self.gate is None else _flat(self.gate[None, : z.shape[1]])[0]
         keep = None if self.soft_gate else _flat((mask == RELU)[None])[0]
-        result: Tensor = _Partial.apply(z, gate, keep, *self._rows(mask))  # type: ignore[no-untyped-call]
+        result: Tensor = _Partial.apply(z, gate, keep, self.range_penalty, *self._rows(mask))  # type: ignore[no-untyped-call]
         return result
 
 

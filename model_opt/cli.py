@@ -291,7 +291,7 @@ def pareto(
     out: Annotated[Path, typer.Option(help="Folder for networks, pareto.json, pareto.csv and pareto.png.")],
     budgets: Annotated[str, typer.Option(help="Numbers of ReLUs, or percentages of the teacher's: 12900,10%.")],
     configurations: Annotated[list[str], typer.Option(
-        "--method", help="A method, with settings if need be: autorep, or autorep:degree=1,c2=channel. Repeatable.")],
+        "--method", help="A method, with settings if need be: autorep, or autorep:c2=channel,damping=1. Repeatable.")],
     folder: Data = Path("data"),
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,

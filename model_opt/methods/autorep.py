@@ -6,22 +6,28 @@ indicators while the count is above the budget, is the option `penalty`; by defa
 exceeds the scheduled budget, all indicators are lowered by the one amount that meets it. The schedule falls geometrically
 from all ReLUs to the budget in the first part of the run; then the mask is frozen and the rest trains weights and
 coefficients. Either way the final count never exceeds the budget.
+
+The options' published values together are the published method but for its optimiser: there Adam moves weights and coefficients too
+(rate 1e-3; on Tiny-ImageNet 1e-4 within Lookahead), here they take the recipe's SGD, and only the indicators Adam.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, fit_polynomials, partial_activations
+from model_opt.activation import IDENTITY, LINEAR, RANGE_PENALTY, RELU, SQUARE, PartialActivation, fit_polynomials, partial_activations
 from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, keep_largest, set_gates
 from model_opt.training import fit
 
 FIT_IMAGES = 2000
+REFRESH_EVERY = 10
+INITS = {"low": (0.05, 0.1), "uniform": (0.0, 1.0)}
+"""Where the indicators' uniform distribution starts, and how wide it is."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class Options:
     threshold: hysteresis t. indicator_lr: Adam's rate. freeze: fraction of the run after which the mask is fixed.
     penalty: 0 for the exact schedule; else the published lambda, up to `freeze`.
     released: start from the damped coefficients of the released code instead of the least-squares fit (c2 per channel).
-    damping: halvings of c2 after the least-squares fit. scale_x2: factor on the first c2; clip_x2: largest |c2|, 0 for none (both
-    c2 per channel). frozen: coefficients keep their first values.
+    damping: halvings of c2 after the least-squares fit. scale_x2: constant factor on c2, published 0.1 or 2; clip_x2: largest |c2|
+    before that factor, 0 for none, published 1 (both c2 per channel). frozen: coefficients keep their first values.
+    init: of the indicators: "low", U(0.05, 0.15), or "uniform", U(0, 1), as published. refresh: steps during which the coefficients are
+    fitted anew at every tenth, published 500. range_penalty: see `model_opt.activation.RANGE_PENALTY`; published 0.
     """
 
     degree: int = 2
@@ -49,24 +57,38 @@ class Options:
     scale_x2: float = 1.0
     clip_x2: float = 0.0
     frozen: bool = False
+    init: str = "low"
+    refresh: int = 0
+    range_penalty: float = RANGE_PENALTY
 
     def __post_init__(self) -> None:
         if self.degree not in (0, 1, 2):
             raise ValueError(f"degree must be 0, 1 or 2, got {self.degree}")
         if self.c2 not in ("layer", "channel"):
             raise ValueError(f"c2 must be layer or channel, got {self.c2!r}")
-        if self.degree == 2 and self.c2 == "layer" and (self.released or self.scale_x2 != 1 or self.clip_x2):
-            raise ValueError("released, scale_x2 and clip_x2 need one c2 per channel")
+        if self.init not in INITS:
+            raise ValueError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
+        if self.refresh < 0 or self.range_penalty < 0:
+            raise ValueError("refresh and range_penalty must not be negative")
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for holds, condition, names in (
+                (self.degree > 0, "degree 1 or 2", {"released", "frozen", "refresh"}),
+                (self.degree == 2, "degree 2", {"c2", "damping", "scale_x2", "clip_x2", "range_penalty"}),
+                (self.degree < 2 or self.c2 == "channel", "one c2 per channel, c2=channel", {"released", "scale_x2", "clip_x2"}),
+                (not self.released, "released=false", {"damping"}), (not self.frozen, "frozen=false", {"refresh"})):
+            if not holds and changed & names:
+                raise ValueError(f"{', '.join(sorted(changed & names))}: without effect; needs {condition}")
 
 
 class AutoRep(GateStage):
-    """The indicator stage of one run; `model` has partial activations whose polynomials are fitted."""
+    """The indicator stage of one run; `model` has partial activations whose polynomials are fitted, and `refit` fits them anew."""
 
-    def __init__(self, model: nn.Module, budget: int, options: Options, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, budget: int, options: Options, seed: int = 0, refit: Callable[[], None] = lambda: None) -> None:
         super().__init__(model, budget, granularity=options.granularity, lr=options.indicator_lr, freeze=options.freeze)
-        self.options = options
+        self.options, self.refit, self.steps = options, refit, 0
         generator = torch.Generator().manual_seed(seed)
-        set_gates(self.layers, lambda mask: (0.05 + 0.1 * torch.rand(mask.shape, generator=generator)).to(mask.device), soft=False)
+        least, width = INITS[options.init]
+        set_gates(self.layers, lambda mask: (least + width * torch.rand(mask.shape, generator=generator)).to(mask.device), soft=False)
         if options.granularity == "channel":
             for layer in self.layers:
                 assert layer.gate is not None
@@ -109,19 +131,47 @@ class AutoRep(GateStage):
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
-        if self.options.clip_x2:
-            for layer in self.layers:
-                if layer.c2 is not None:
-                    layer.c2.clamp_(-self.options.clip_x2, self.options.clip_x2)
+        self.steps += 1
+        if self.steps <= self.options.refresh and self.steps % REFRESH_EVERY == 0:
+            self.refit()
+        clip(self.layers, self.options)
+
+    def finish(self) -> None:
+        super().finish()
+        for layer in self.layers:
+            layer.fold_c2_scale()
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "learning": self.learning}
+        return {**super().state(), "learning": self.learning, "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
+        self.steps = int(state.get("steps", 0))
         if not state.get("learning", True):
             for gate in self.gates():
                 gate.requires_grad_(False)
+
+
+@torch.no_grad()
+def clip(layers: Iterable[PartialActivation], options: Options) -> None:
+    """Hold c2 within the options' clip_x2."""
+    for layer in layers:
+        if options.clip_x2 and layer.c2 is not None:
+            layer.c2.clamp_(-options.clip_x2, options.clip_x2)
+
+
+def fit_coefficients(model: nn.Module, task: Task, options: Options) -> None:
+    """Set the polynomials by the closed forms from the present pre-activations, the same in all of torchrun's processes."""
+    training = model.training
+    fit_polynomials(model, task.train[:FIT_IMAGES], damping=options.damping, released=options.released)
+    model.train(training)
+    layers = partial_activations(model).values()
+    clip(layers, options)
+    if torch.distributed.is_initialized():
+        for layer in layers:
+            for coefficient in (layer.c2, layer.c1, layer.c0):
+                if coefficient is not None:
+                    torch.distributed.broadcast(coefficient.data, 0)
 
 
 def prepare(model: nn.Module, task: Task, options: Options, linear: Collection[str] = ()) -> None:
@@ -129,14 +179,13 @@ def prepare(model: nn.Module, task: Task, options: Options, linear: Collection[s
     layers = partial_activations(model).values()
     for name, layer in partial_activations(model).items():
         layer.replacement = LINEAR if name in linear else (IDENTITY, LINEAR, SQUARE)[options.degree]
-        if options.c2 == "channel" and options.degree == 2:
+        layer.range_penalty, layer.c2_scale = options.range_penalty, options.scale_x2
+        if options.c2 == "channel":
             layer.per_channel_c2()
-    fit_polynomials(model, task.train[:FIT_IMAGES], damping=options.damping, released=options.released)
+    fit_coefficients(model, task, options)
     for name in linear:
         model.get_submodule(name).mask.fill_(LINEAR)  # type: ignore[operator]
     for layer in layers:
-        if layer.c2 is not None:
-            layer.c2.data.mul_(options.scale_x2)
         if options.frozen or options.degree == 0:
             layer.freeze()
 
@@ -145,7 +194,7 @@ def reduce(task: Task, options: Options) -> Reduced:
     """AutoReP on the task's teacher. Raises BudgetError, TrainingError."""
     student = task.student()
     prepare(student, task, options)
-    stage = AutoRep(student, task.budget, options, task.recipe.seed)
+    stage = AutoRep(student, task.budget, options, task.recipe.seed, lambda: fit_coefficients(student, task, options))
     score = fit(student, task.train, task.validation, task.recipe, task.folder, teacher=task.mentor, stage=stage,
                 label="autorep", settings=task.settings(options))
     stage.finish()
