@@ -213,6 +213,25 @@ def test_every_choice_in_one_layer_runs_privately() -> None:
     assert torch.allclose(simulate(result, x.double()), model(x).double(), atol=0.05)
 
 
+def test_lines_behind_a_linear_layer(tmp_path: Path) -> None:
+    """Dropped whole or pixel by pixel, they cost nothing online; the linear layer before takes them in."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32), nn.ReLU(), nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    result = run(model, tmp_path, 48, target_bytes=8 * (3072 + 10) + 16 * 20)
+    assert sum(layer.count(LINEAR) for layer in partial_activations(result.model).values()) == 28
+    public = compiled(result.model).public
+    assert bytes_of(make_plan(public, 1)) == 8 * (3072 + 10) + 16 * 20
+    assert "scale" not in [node.op for node in public.nodes]
+    for first in (nn.Flatten(), nn.Linear(3072, 3072)):
+        other = replace_relus(nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(3072, 10)).eval(), (3, 32, 32))
+        layer = partial_activations(other)["2"]
+        for choices in ([LINEAR], [IDENTITY, SQUARE, RELU, LINEAR]):
+            layer.mask.copy_(torch.tensor(choices)[torch.randint(0, len(choices), layer.mask.shape)])
+            x, private = VALIDATION[:2].normalised(), compiled(other)
+            assert torch.allclose(infer(private, x.double()).logits, simulate(private, x.double()), atol=0.01)
+            assert torch.allclose(simulate(private, x.double()), other(x).double(), atol=0.05)
+
+
 def test_targets_that_contradict_each_other(teacher: nn.Module, tmp_path: Path) -> None:
     for options, reason in (({"target_ms": 5.0, "target_bytes": 5}, "exclude each other"), ({"target_bytes": -5}, "negative"),
                             ({"link": "wan"}, "link needs"),

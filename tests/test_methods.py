@@ -555,3 +555,13 @@ def test_options_without_effect_are_refused(reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make_options("autorep", INEFFECTIVE[reason])
     make_options("autorep", {"degree": 1, "released": True})
+
+
+def test_channels_of_a_layer_without_pixels(tmp_path: Path) -> None:
+    """The ReLU behind a linear layer: each of its features is a channel of one ReLU."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 10))
+    result = reduce(own, budget=520, data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path, granularity="channel")
+    layers = partial_activations(result.model)
+    assert 0 < result.relus <= 520
+    assert all(len(channel.unique()) == 1 for channel in layers["1"].mask)

@@ -92,7 +92,7 @@ class AutoRep(GateStage):
         if options.granularity == "channel":
             for layer in self.layers:
                 assert layer.gate is not None
-                layer.gate.data.copy_(layer.gate.data.flatten(1)[:, :1].view(layer.channels).expand_as(layer.gate))
+                layer.gate.data.copy_(layer.gate.data.view(len(layer.gate), -1)[:, :1].view(layer.channels).expand_as(layer.gate))
 
     @property
     def learning(self) -> bool:
