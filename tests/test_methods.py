@@ -447,29 +447,6 @@ def test_going_on_with_a_reduced_network_keeps_its_masks(tmp_path: Path) -> None
     mistake(program(*command, "--teacher", student), 2, "already reduced")
 
 
-def test_a_mask_that_is_fixed_stays_fixed_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run interrupted after `freeze` ends as the whole run does."""
-    torch.manual_seed(0)
-    own = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
-
-    def once(folder: Path) -> Reduced:
-        return reduce(own, budget=300, data=(TRAIN, VALIDATION), recipe=SHORT, folder=folder, indicator_lr=0.05)
-
-    whole, epochs = once(tmp_path / "whole"), []
-
-    def interrupt(_: AutoRep) -> None:
-        epochs.append(1)
-        if len(epochs) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AutoRep, "after_epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            once(tmp_path / "parts")
-    resumed = once(tmp_path / "parts").model.state_dict()
-    assert all(torch.allclose(value, resumed[key], atol=1e-6) for key, value in whole.model.state_dict().items())
-
-
 def test_published_options_of_autorep(teacher: nn.Module, tmp_path: Path) -> None:
     """All of them together: a network within the budget that compiles to what it computes, its factor on c2 folded in."""
     result = run(teacher, "autorep", tmp_path, c2="channel", released=True, scale_x2=2.0, clip_x2=0.01, penalty=80.0, init="uniform",

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from model_opt.activation import IDENTITY, LINEAR, RANGE_PENALTY, RELU, SQUARE, PartialActivation, fit_polynomials, partial_activations
-from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, keep_largest, set_gates
+from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, check_granularity, keep_largest, set_gates
 from model_opt.training import fit
 
 FIT_IMAGES = 2000
@@ -68,8 +68,12 @@ class Options:
             raise ValueError(f"c2 must be layer or channel, got {self.c2!r}")
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
-        if self.refresh < 0 or self.range_penalty < 0:
-            raise ValueError("refresh and range_penalty must not be negative")
+        if not 0 < self.freeze <= 1 or self.indicator_lr <= 0:
+            raise ValueError("freeze must lie in (0, 1], indicator_lr must be positive")
+        for name in ("threshold", "penalty", "damping", "clip_x2", "refresh", "range_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        check_granularity(self.granularity)
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         for holds, condition, names in (
                 (self.degree > 0, "degree 1 or 2", {"released", "frozen", "refresh"}),
@@ -93,11 +97,6 @@ class AutoRep(GateStage):
             for layer in self.layers:
                 assert layer.gate is not None
                 layer.gate.data.copy_(layer.gate.data.view(len(layer.gate), -1)[:, :1].view(layer.channels).expand_as(layer.gate))
-
-    @property
-    def learning(self) -> bool:
-        """Whether the mask can still change."""
-        return any(gate.requires_grad for gate in self.gates())
 
     def scheduled(self, progress: float) -> int:
         """ReLUs allowed after the fraction `progress` of the run."""
@@ -124,6 +123,7 @@ class AutoRep(GateStage):
         allowed = self.scheduled(progress)
         if int(cost[keep].sum()) > allowed:
             keep, push = keep_largest(lead, cost, allowed)
+            keep &= lead > 0  # what is left of the budget does not bring back what hysteresis took
             for gate in self.gates():
                 gate.sub_(max(push, 0.0))
         self.apply(keep)
@@ -142,14 +142,11 @@ class AutoRep(GateStage):
             layer.fold_c2_scale()
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "learning": self.learning, "steps": self.steps}
+        return {**super().state(), "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.steps = int(state.get("steps", 0))
-        if not state.get("learning", True):
-            for gate in self.gates():
-                gate.requires_grad_(False)
+        self.steps = int(state["steps"])
 
 
 @torch.no_grad()

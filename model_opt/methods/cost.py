@@ -286,9 +286,9 @@ class Reduction(autorep.AutoRep):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        learning = self.learning
+        fixed = self.fixed
         super().after_step(progress)
-        if learning and not self.learning and sum(int((layer.mask != LINEAR).sum()) for layer in self.layers) > self.active:
+        if self.fixed and not fixed and sum(int((layer.mask != LINEAR).sum()) for layer in self.layers) > self.active:
             scores = line_scores(self.model, self.sample)
             for name, layer in self.kept.items():
                 scores[name][layer.mask == RELU] = torch.inf
