@@ -30,7 +30,7 @@ from protocol.wire import ChunkSender, to_chunks
 AES_PER_RELU_BIT = 2
 """AES blocks that evaluating a DCF key takes per compared bit: the seed and the payload words of one child."""
 
-POINT_S = 45.0
+POINT_S = 30.0
 """Seconds on the link that the runs of one point may take together: slow points have fewer runs, at least one."""
 INFERENCE_S = 60.0
 """Points of which one inference takes longer on the link are left out."""
