@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from benchmarks.latency import timelines
 from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
+from benchmarks.peers.parties import tcp_bytes
 from benchmarks.plaintext import Plaintext
 from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
@@ -84,6 +87,17 @@ def test_waiting_is_split_into_the_clients_work_and_the_link() -> None:
     assert sum(v for k, v in result["layers"][1].items() if k != "layer") == 49
     two = timelines([run | {"streams": 2}])
     assert two["server"]["linear"] == 22.5  # sums over the streams, told for one
+
+
+def test_the_kernels_count_of_bytes_leaves_no_file_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as near:
+        far, _ = listener.accept()
+        with far, Path(__file__).open():
+            before, files = tcp_bytes(), len(os.listdir("/proc/self/fd"))
+            near.sendall(bytes(1000))
+            far.recv(1000)
+            assert [now - then for now, then in zip(tcp_bytes(), before)] == [1000, 1000]
+            assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_percentiles_lie_between_the_values_seen() -> None:

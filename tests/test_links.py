@@ -74,13 +74,13 @@ def test_a_faulty_link_ends_in_time_and_the_service_goes_on(name: str, upward: b
     The transport is plaintext here: that bytes inside a share were changed or lost is then noticed by nobody, so the answer is checked
     only where the connection is cut. TLS notices every such change.
     """
-    services = serve(mixed_model, timeout_s=8, idle_s=4)
+    services = serve(mixed_model, timeout_s=6, idle_s=3)
     rng = random.Random(f"{name}{upward}")
-    for _ in range(4):
+    for _ in range(3):
         fault = after(rng.randrange(200, 60_000), FAULTS[name])
         with (Relay(services.server_address, Link("none", 0.0, 0.0), up_fault=fault if upward else None,
                    down_fault=None if upward else fault) as relay, contextlib.suppress(RelucentError),
-              Client(relay.address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=8) as client):
+              Client(relay.address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=5) as client):
             if name == "cut":
                 agrees(client, mixed_model)
             else:
@@ -119,7 +119,7 @@ def test_faults_between_server_and_dealer(site: Site, mixed_model: Model, monkey
         site.addresses["servers"] = relay.address
         site.server()
         with Client(site.addresses["server"], site.addresses["dealer"], ca=site.ca, cache=site.folder / "cache", token=site.token(),
-                    timeout_s=8) as client:
+                    timeout_s=5) as client:
             for upward in (True, False):
                 for name in FAULTS:
                     armed.append((rng.randrange(100 if upward else 20_000), upward, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -75,11 +76,13 @@ def tcp_bytes() -> tuple[int, int]:
     sent = received = 0
     for name in os.listdir("/proc/self/fd"):
         try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
                     received += struct.unpack_from("Q", info, BYTES_RECEIVED)[0]
                     sent += struct.unpack_from("Q", info, BYTES_SENT)[0]
         except (OSError, struct.error):
-            continue  # no socket, or closed meanwhile
+            continue  # closed meanwhile
     return sent, received
