@@ -17,6 +17,7 @@ import torch
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
 from benchmarks.processes import environment
+from model_opt.networks import STANDARD_WIDTH
 from protocol.dealing import deal, weight_masks
 from protocol.links import LINKS, Link
 from protocol.model import Model
@@ -40,7 +41,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Point:
-    """One combination. relus: None keeps all. squares: share of the other pixels that square. width 0: the architecture's standard."""
+    """One combination. relus: None keeps all. squares: share of the other pixels that square."""
 
     network: str
     width: int
@@ -52,7 +53,7 @@ class Point:
     def __str__(self) -> str:
         count = "all" if self.relus is None else f"{self.relus:,}"
         squares = "" if self.squares == 1 else f", {self.squares:.0%} of the others square"
-        return f"{self.network}{f' w{self.width}' if self.width else ''}, {count} ReLUs{squares}, batch {self.batch}, {self.link}"
+        return f"{self.network} w{self.width}, {count} ReLUs{squares}, batch {self.batch}, {self.link}"
 
 
 def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int | None], squares: Sequence[float], batches: Sequence[int],
@@ -61,7 +62,7 @@ def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int |
     base = Point(networks[0], widths[0], relus[0], squares[0], batches[0], links[0])
     return [*(replace(base, relus=r) for r in relus),
             *(replace(base, relus=0, squares=share) for share in squares[1:]),
-            *(replace(base, network=name, width=0) for name in networks[1:]),
+            *(replace(base, network=name, width=STANDARD_WIDTH.get(name, 64)) for name in networks[1:]),
             *(replace(base, width=w) for w in widths[1:]),
             *(replace(base, batch=b) for b in batches[1:]),
             *(replace(base, link=link, relus=r) for link in links[1:] for r in relus)]

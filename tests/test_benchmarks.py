@@ -49,7 +49,8 @@ def test_the_sweep_varies_one_dimension_at_a_time() -> None:
     assert len(chosen) == len(set(chosen)) == 3 + 1 + 1 + 1 + 1 + 3
     assert Point("resnet18", 64, 0, 0.0, 1, "loopback") in chosen
     assert Point("resnet18", 64, None, 1.0, 1, "wan") in chosen
-    assert str(Point("resnet34", 0, None, 0.5, 8, "lan")) == "resnet34, all ReLUs, 50% of the others square, batch 8, lan"
+    assert Point("resnet34", 64, 12_900, 1.0, 1, "loopback") in chosen
+    assert str(Point("resnet34", 64, None, 0.5, 8, "lan")) == "resnet34 w64, all ReLUs, 50% of the others square, batch 8, lan"
 
 
 def test_slopes_are_fitted_to_comparable_rows_only() -> None:
