@@ -1,15 +1,12 @@
 """What fuzzing throws at the parsers and services, as functions of bytes that raise on any behaviour that is not promised.
 
-`tests/test_fuzz.py` runs them with hypothesis and replays `tests/corpus`. Guided by coverage, for as long as you like:
-
-    pip install atheris && python -m tests.fuzzing TARGET tests/corpus/TARGET [-max_total_time=3600]
+`tests/test_fuzz.py` runs them with hypothesis and replays `tests/corpus`; `tests/fuzz_guided.py` runs them guided by coverage.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -294,18 +291,5 @@ def write_seeds() -> None:
     write("chunks", "good", bytes([4, 2, 1, 2, 34, 3, 4]))
 
 
-def main() -> None:
-    """Fuzz one target guided by coverage until it is stopped; `seeds` writes the corpus' first files."""
-    if sys.argv[1:] == ["seeds"]:
-        write_seeds()
-        return
-    import atheris
-
-    target = TARGETS[sys.argv.pop(1)]
-    atheris.instrument_all()
-    atheris.Setup(sys.argv, target)
-    atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main()
+    write_seeds()
