@@ -26,6 +26,8 @@ PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear 
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
 README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
 GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
+PAGE_ONLY = ("Every point", "Physical limits")
+"""Tables that are too long for the README."""
 CAPTIONS = {"growth": "Medians; bars from the smallest to the largest run.",
             "time": "The server's timeline; its waiting is split into what the client computed meanwhile and the rest.",
             "peers": "Logarithmic. Ours: the dark part is online. The peers make their correlated randomness while they infer.",
@@ -221,6 +223,23 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
     return table + notes
 
 
+def summary_table(sweep: dict[str, Any]) -> list[str]:
+    """Markdown lines: one row for each network, batch and mask, its latency on each link side by side."""
+    links = list(dict.fromkeys(row["link"] for row in sweep["rows"]))
+    points: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in sweep["rows"]:
+        points.setdefault(tuple(row[key] for key in ("network", "width", "batch", "relus", "squares")), {})[row["link"]] = row
+    lines = []
+    for found in points.values():
+        r = found[links[0]]
+        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]),
+                      *(f"{found[link]['online_ms']:,.0f}" if link in found else "" for link in links),
+                      f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
+                      f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", str(r["runs"])])
+    return _table(("ReLUs", "squares", "network", "batch", *(f"online ms, {link}" for link in links), f"of plaintext, {links[0]}",
+                   "online MB", f"preprocessing ms, {links[0]}", "preprocessing MB", f"n, {links[0]}"), lines)
+
+
 def fits_table(sweep: dict[str, Any]) -> list[str]:
     """Markdown lines: what one more ReLU, or square, costs."""
     lines = []
@@ -322,10 +341,12 @@ def make_report(results: Path, out: Path, readme: Path | None, guide: Path | Non
     Raises InputError without results.
     """
     sections: list[tuple[str, list[str], str | None]] = []
+    short = []
     written = []
     known: list[tuple[str, str, Callable[[dict[str, Any]], list[str]], list[tuple[str, Callable[[dict[str, Any], Path], None]]]]] = [
-        ("sweep", "Latency and traffic against ReLUs", sweep_table,
+        ("sweep", "Latency and traffic against ReLUs", summary_table,
          [("growth", lambda r, p: plot_growth(r["rows"], p)), ("time", lambda r, p: plot_time(r["rows"], p))]),
+        ("sweep", "Every point", sweep_table, []),
         ("sweep", "What one more ReLU or square costs", fits_table, []),
         ("sweep", "Physical limits", limits_table, []),
         ("sweep", "Aims", targets_table, []),
@@ -342,7 +363,10 @@ def make_report(results: Path, out: Path, readme: Path | None, guide: Path | Non
             continue
         lines = table(result)
         command = result.get("command", f"relucent-bench {name}")
-        sections.append((title, [*lines, "", f"Machine: {_machine(result)}. Command: `{command}`."], None))
+        lines = [*lines, "", f"Machine: {_machine(result)}. Command: `{command}`."]
+        sections.append((title, lines, None))
+        if title not in PAGE_ONLY:
+            short.append(f"### {title}\n\n" + "\n".join(lines))
         for stem, draw in plots:
             path = out / f"{stem}.png"
             draw(result, path)
@@ -354,8 +378,7 @@ def make_report(results: Path, out: Path, readme: Path | None, guide: Path | Non
     page.write_text(_page(sections))
     written.append(page)
     if readme is not None:
-        body = "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines, picture in sections if picture is None)
-        _put_between(readme, README_MARKS, body)
+        _put_between(readme, README_MARKS, "\n\n".join(short))
         written.append(readme)
     if guide is not None:
         load = load_results(results, "load")

@@ -19,6 +19,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from protocol import kernels
+
 U64 = NDArray[np.uint64]
 Bits = NDArray[np.uint8]
 
@@ -27,26 +29,22 @@ BLOCK_KEYS = 8192
 
 _ONE = np.uint64(1)
 _MASK = np.array([0xFFFFFFFFFFFFFFFE, 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-_PAYLOAD = np.uint64(2)
-# tweaks of the low word (whose bit 0 is always clear in a seed): 0 and 1 give the child seeds, 2 and 3 the payloads
+_PAST = np.uint64(63)
+"""A bit that is clear in all that is compared."""
 
 
 class Hasher:
-    """Matyas-Meyer-Oseas hashing of 128-bit blocks under one public AES-128 key. Not for several threads at once."""
+    """AES-128 under one public key, for Matyas-Meyer-Oseas hashing; the caller adds the input. Not for several threads at once."""
 
     def __init__(self, public_key: bytes) -> None:
         self._encryptor = Cipher(algorithms.AES(public_key), modes.ECB()).encryptor()  # noqa: S305 fixed-key hash
-        self._buffer = np.empty(0, dtype=np.uint8)
         self.blocks = 0
 
-    def __call__(self, x: U64) -> U64:
-        """H of each row of x, uint64 (n, 2). Returns a new array."""
-        count = x.nbytes
-        out = np.empty(count + 16, dtype=np.uint8)
+    def __call__(self, x: U64, out: NDArray[np.uint8]) -> U64:
+        """AES of each pair of words of x, in `out`, uint8 of 16 bytes more than x."""
         self._encryptor.update_into(memoryview(x).cast("B"), memoryview(out))
-        self.blocks += len(x)
-        result: U64 = out[:count].view(np.uint64).reshape(x.shape)
-        result ^= x
+        self.blocks += x.nbytes // 16
+        result: U64 = out[: x.nbytes].view(np.uint64).reshape(x.shape)
         return result
 
 
@@ -108,13 +106,6 @@ def from_bytes(data: memoryview, party: int, count: int, bits: int) -> DcfKeys:
     return DcfKeys(party, bits, bytes(data[:16]), root, seed_words, payload_words, control, words(count, 2))
 
 
-def _select(bit: NDArray[np.uint64], when_one: U64, when_zero: U64) -> U64:
-    """Rows of `when_one` where bit is 1, else of `when_zero`, without a branch."""
-    mask = (np.uint64(0) - bit)[:, None]
-    result: U64 = when_zero ^ ((when_zero ^ when_one) & mask)
-    return result
-
-
 def generate(alpha: U64, payload: U64, bits: int, randomness: bytes) -> tuple[DcfKeys, DcfKeys]:
     """Keys of both parties for f(x) = payload if x < alpha else 0. Run by the dealer.
 
@@ -128,40 +119,18 @@ def generate(alpha: U64, payload: U64, bits: int, randomness: bytes) -> tuple[Dc
     hash_key = randomness[:16]
     hasher = Hasher(hash_key)
     roots = np.frombuffer(randomness, dtype=np.uint64, offset=16).reshape(2, count, 2) & _MASK
-    s0, s1 = roots[0].copy(), roots[1].copy()
-    t0, t1 = np.zeros(count, dtype=np.uint64), np.ones(count, dtype=np.uint64)
+    points = np.repeat(roots[:, None], 4, axis=1)  # (party, tweak, key, word)
+    points[..., 0] ^= np.arange(4, dtype=np.uint64)[:, None]
+    t = np.repeat(np.array([[0], [1]], dtype=np.uint64), count, axis=1)
     value = np.zeros((count, 2), dtype=np.uint64)
     seed_words = np.empty((bits, count, 2), dtype=np.uint64)
     payload_words = np.empty((bits, count, 2), dtype=np.uint64)
     control = np.empty((bits, 2, count), dtype=np.uint8)
-    tweak = np.zeros((4, 1, 2), dtype=np.uint64)
-    tweak[:, 0, 0] = np.arange(4)
+    out = np.empty(points.nbytes + 16, dtype=np.uint8)
     for level in range(bits):
-        bit = (alpha >> np.uint64(bits - 1 - level)) & _ONE
-        expanded = hasher(np.concatenate([s0[None] ^ tweak, s1[None] ^ tweak]).reshape(-1, 2)).reshape(2, 4, count, 2)
-        seeds, values = expanded[:, :2], expanded[:, 2:]
-        controls = seeds[..., 0] & _ONE  # (party, side, n)
-        seeds &= _MASK
-        # keep the side that alpha takes, lose the other
-        seed_word = _select(bit, seeds[0, 0] ^ seeds[1, 0], seeds[0, 1] ^ seeds[1, 1])
-        lost0, lost1 = (_select(bit, values[b, 0], values[b, 1]) for b in (0, 1))
-        kept0, kept1 = (_select(bit, values[b, 1], values[b, 0]) for b in (0, 1))
-        sign = (_ONE - (t1 << _ONE))[:, None]  # (-1)^t1
-        payload_word = sign * (lost1 - lost0 - value + payload * bit[:, None])
-        value += kept0 - kept1 + sign * payload_word
-        left = controls[0, 0] ^ controls[1, 0] ^ bit ^ _ONE
-        right = controls[0, 1] ^ controls[1, 1] ^ bit
-        kept_word = np.where(bit == 1, right, left)
-        next_seeds, next_controls = [], []
-        for b, t in ((0, t0), (1, t1)):
-            kept = _select(bit, seeds[b, 1], seeds[b, 0])
-            next_seeds.append(kept ^ (seed_word & (np.uint64(0) - t)[:, None]))
-            next_controls.append(np.where(bit == 1, controls[b, 1], controls[b, 0]) ^ (t & kept_word))
-        s0, s1 = next_seeds
-        t0, t1 = next_controls
-        seed_words[level], payload_words[level] = seed_word, payload_word
-        control[level, 0], control[level, 1] = left, right
-    final = (_ONE - (t1 << _ONE))[:, None] * (s1 - s0 - value)
+        kernels.generate_level(hasher(points, out), alpha, np.uint64(bits - 1 - level), payload, t, value, points, seed_words[level],
+                               payload_words[level], control[level])
+    final = (_ONE - (t[1] << _ONE))[:, None] * (points[1, 0] - points[0, 0] - value)
     return tuple(  # type: ignore[return-value]
         DcfKeys(b, bits, hash_key, roots[b], seed_words, payload_words, control, final) for b in (0, 1)
     )
@@ -176,26 +145,19 @@ def evaluate(keys: DcfKeys, x: U64, hasher: Hasher | None = None) -> U64:
     """
     hasher = hasher or Hasher(keys.hash_key)
     count, bits = len(keys), keys.bits
-    path = (x[None] >> np.arange(bits - 1, -1, -1, dtype=np.uint64)[:, None]) & _ONE
-    # control bits of left and right child as bits 0 and 1 of one word
-    controls = keys.control[:, 0] | (keys.control[:, 1] << 1)
-    corrections = (controls.astype(np.uint64) >> path) & _ONE
+    x = x & np.uint64((1 << bits) - 1)
     t = np.full(count, keys.party, dtype=np.uint64)
     value = np.zeros((count, 2), dtype=np.uint64)
-    points, word = np.empty((2, count, 2), dtype=np.uint64), np.empty((count, 2), dtype=np.uint64)
+    points = np.empty((2, count, 2), dtype=np.uint64)
     points[0] = keys.root
+    points[0, :, 0] |= x >> np.uint64(bits - 1)
+    points[1] = points[0]
+    points[1, :, 0] ^= kernels.PAYLOAD
+    out = np.empty(points.nbytes + 16, dtype=np.uint8)
     for level in range(bits):
-        points[0, :, 0] |= path[level]
-        points[1] = points[0]
-        points[1, :, 0] ^= _PAYLOAD
-        expanded = hasher(points.reshape(-1, 2)).reshape(2, count, 2)
-        mask = np.negative(t)[:, None]
-        value += expanded[1]
-        value += np.bitwise_and(keys.payload_words[level], mask, out=word)
-        seed = expanded[0]
-        t = (seed[:, 0] & _ONE) ^ (corrections[level] & t)
-        seed &= _MASK
-        np.bitwise_xor(seed, np.bitwise_and(keys.seed_words[level], mask, out=word), out=points[0])
+        shift = np.uint64(bits - 1 - level)
+        kernels.evaluate_level(hasher(points, out), x, shift, shift - _ONE if shift else _PAST, keys.control[level], keys.seed_words[level],
+                               keys.payload_words[level], t, value, points)
     value += points[0]
     value += keys.final & np.negative(t)[:, None]
     return value if keys.party == 0 else np.negative(value)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocol import dcf, ring
+from protocol import dcf, kernels, ring
 from protocol.channel import Channel
 from protocol.crypten_adapter import register_cryptensor
 from protocol.errors import InputError
@@ -33,19 +33,18 @@ def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
     Args:
         d: opened z + A, flat. bits: what the DCF compares, n - 1.
     """
-    points = d.numpy().view(np.uint64)
-    low = points & np.uint64((1 << bits) - 1)
-    values = np.empty((len(points), 2), dtype=np.uint64)
+    def words(t: Tensor) -> dcf.U64:
+        return t.contiguous().numpy().view(np.uint64)
+
+    opened, sign, masked_sign, mask = words(d), words(relu.sign), words(relu.masked_sign), words(relu.mask)
+    out = torch.empty_like(d)
     start = 0
     for keys in relu.keys:
         part = slice(start, start + len(keys))
-        values[part] = dcf.evaluate(keys, low[part])
+        kernels.finish_relu(opened[part], dcf.evaluate(keys, opened[part]), sign[part], masked_sign[part], mask[part], np.uint64(bits),
+                            np.uint64(party is Party.SERVER), words(out)[part])
         start += len(keys)
-    v1, v2 = torch.from_numpy(values.view(np.int64)).unbind(1)
-    core = d * (v1 - relu.sign) + relu.masked_sign - v2
-    negative_half = ((d >> bits) & 1).bool()
-    outside = (d - relu.mask) if party is Party.SERVER else -relu.mask
-    return torch.where(negative_half, -core, core + outside)
+    return out
 
 
 class _ServerPass:

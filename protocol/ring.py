@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protocol import kernels
+
 RING_BITS = 64
 ELEMENT_BYTES = 8
 
@@ -101,8 +103,6 @@ DIGITS, DIGIT_BITS = 8, 8
 DIGIT_MIN_WEIGHTS = 1 << 15
 """Below this many weights splitting x costs more than 8-bit products save (measured on two cores)."""
 DIGIT_CHUNK_BYTES = 6 << 20
-_BALANCE = -0x7F7F7F7F7F7F7F80
-"""0x80 in every byte: x + this, xor this, has the balanced digits of x as its bytes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,27 +139,22 @@ def convolve_in_digits(x: Tensor, weight: DigitWeight, how: Convolution) -> Tens
     count, channels, height, width = x.shape
     outputs, _, rows, columns = weight.shape
     (down, right), (top, left) = how.stride, how.padding
-    at_once = max(DIGIT_CHUNK_BYTES * down * right // (DIGITS * weight.matrix.shape[0] * height * width), 1)
-    if count > at_once:  # the working set of a few images stays in the cache
-        return torch.cat([convolve_in_digits(part, weight, how) for part in x.split(at_once)])
-    # numpy for the element work: PyTorch would wake its threads for each of these short steps
-    balanced = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1))
-    balanced += _BALANCE
-    balanced ^= _BALANCE
-    padded = np.zeros((DIGITS, count, height + 2 * top, width + 2 * left, channels), np.int8)
-    digits = balanced.view(np.int8).reshape(count, height, width, channels, DIGITS)
-    padded[:, :, top : top + height, left : left + width] = np.moveaxis(digits, 4, 0)
     high, wide = (height + 2 * top - rows) // down + 1, (width + 2 * left - columns) // right + 1
+    # as many images at once as leave the working set in the cache
+    at_once = min(max(DIGIT_CHUNK_BYTES // (DIGITS * weight.matrix.shape[0] * high * wide), 1), count)
+    padded = np.zeros((DIGITS, at_once, height + 2 * top, width + 2 * left, channels), np.int8)
     s = padded.strides
-    windows = torch.from_numpy(padded).as_strided((DIGITS, count, high, wide, rows, columns * channels),
+    windows = torch.from_numpy(padded).as_strided((DIGITS, at_once, high, wide, rows, columns * channels),
                                                   (s[0], s[1], s[2] * down, s[3] * right, s[2], 1))
-    products = torch._int_mm(windows.reshape(DIGITS * count * high * wide, -1), weight.matrix).numpy().reshape(DIGITS, -1, outputs)
-    joined = products[DIGITS - 1].astype(np.int64)
-    for i in range(DIGITS - 2, -1, -1):
-        joined <<= DIGIT_BITS
-        joined += products[i]
-    joined *= weight.step.numpy()
-    return torch.from_numpy(joined.reshape(count, high, wide, outputs).transpose(0, 3, 1, 2)).contiguous()
+    joined = torch.empty((count, outputs, high, wide), dtype=torch.int64)
+    source, target, step = x.contiguous().numpy(), joined.numpy().reshape(count, outputs, high * wide), weight.step.numpy()
+    for start in range(0, count, at_once):
+        part = slice(start, start + at_once)
+        here = len(source[part])
+        kernels.split_digits(source[part], top, left, padded)
+        products = torch._int_mm(windows[:, :here].reshape(DIGITS * here * high * wide, -1), weight.matrix)
+        kernels.join_digits(products.numpy().reshape(DIGITS, here, high * wide, outputs), step, target[part])
+    return joined
 
 
 def sum_pool2d(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

@@ -166,10 +166,12 @@ def test_the_report_and_the_tables(results: Path, tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| SPU | 3 | 9,000 (90-110) | 9,000 | 30.0x | 90.0x | 279.0 | 7.5x | 2.0 s, 9 MB | yes | a |" in text
     assert "| TenSEAL | 3 | 100 (90-110) | 3,000 |  |  | 1.0 |  |" in text
-    assert "skipped: no network" in text and "Left out: x: 99 s." in text
+    assert "skipped: no network" in text and "Every point" not in text
+    assert "| 0 | 557,056 | resnet18 w64 | 1 | 70 | 2,225 | 6.4x |" in text
     assert "| clients | images/s |" in guide.read_text() and "stale" not in guide.read_text()
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
+    assert "Left out: x: 99 s." in page
     assert "http" not in page  # self-contained
     make_report(results, tmp_path / "out", readme, guide)
     assert readme.read_text() == text  # again gives the same

@@ -21,6 +21,7 @@ from tests.services import PIXELS, Serve, agrees, wait_for
 from tests.site import Site
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["lan", "wan", "mobile"])
 def test_links_are_as_set(name: str) -> None:
     """One good reading of some for each figure: a busy machine can make a link slower, not faster."""

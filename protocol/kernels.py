@@ -1,0 +1,147 @@
+"""The protocol's innermost loops, compiled by numba: one pass over memory where numpy would take a dozen.
+
+No kernel branches on a secret or takes an index from one. Arithmetic is modulo 2^64. Compiled for this processor when first imported, then
+kept beside the module or in the user's cache, where that can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+_ONE, _ZERO = np.uint64(1), np.uint64(0)
+_SEED = np.uint64(0xFFFFFFFFFFFFFFFE)
+"""Of a block's low word: all but its last bit, which is the control bit."""
+PAYLOAD = np.uint64(2)
+"""Tweak of the low word, whose last bit is always clear in a seed: 0 and 1 give the child seeds, 2 and 3 the payloads."""
+
+
+def _words(dimensions: int, written: bool = False) -> types.Array:
+    """uint64, row-major; arguments that are only read may lie at any address."""
+    return types.Array(types.uint64, dimensions, "C", readonly=not written, aligned=written)
+
+
+def _compiled(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def compile_now(function: Callable[..., None]) -> Callable[..., None]:
+        signature = types.void(*arguments)
+        try:
+            return njit(signature, cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+        except RuntimeError:  # no folder to keep it in can be written
+            return njit(signature, nogil=True)(function)  # type: ignore[no-any-return]
+
+    return compile_now
+
+
+@_compiled(_words(3), _words(1), types.uint64, types.uint64, types.Array(types.uint8, 2, "C", readonly=True, aligned=False), _words(2),
+           _words(2), _words(1, True), _words(2, True), _words(3, True))
+def evaluate_level(hashed: Any, x: Any, shift: Any, next_shift: Any, controls: Any, seed_words: Any, payload_words: Any, t: Any, value: Any,
+                   points: Any) -> None:
+    """One level of `dcf.evaluate` for all keys.
+
+    hashed: AES of `points`, whose two rows are, for each key, the blocks of the child's seed and of its payload. x: below 2^63; its bit
+    `shift` has chosen the child, bit `next_shift` chooses the next. controls: (2, n), 0 or 1. t, value, points are updated.
+    """
+    for i in range(len(x)):
+        mask = _ZERO - t[i]
+        value[i, 0] += (hashed[1, i, 0] ^ points[1, i, 0]) + (payload_words[i, 0] & mask)
+        value[i, 1] += (hashed[1, i, 1] ^ points[1, i, 1]) + (payload_words[i, 1] & mask)
+        low, high = hashed[0, i, 0] ^ points[0, i, 0], hashed[0, i, 1] ^ points[0, i, 1]
+        both = np.uint64(controls[0, i]) | (np.uint64(controls[1, i]) << _ONE)
+        t[i] = (low & _ONE) ^ (((both >> ((x[i] >> shift) & _ONE)) & _ONE) & t[i])
+        low = ((low & _SEED) ^ (seed_words[i, 0] & mask)) | ((x[i] >> next_shift) & _ONE)
+        high ^= seed_words[i, 1] & mask
+        points[0, i, 0], points[0, i, 1] = low, high
+        points[1, i, 0], points[1, i, 1] = low ^ PAYLOAD, high
+
+
+@_compiled(_words(4), _words(1), types.uint64, _words(2), _words(2, True), _words(2, True), _words(4, True), _words(2, True),
+           _words(2, True), types.Array(types.uint8, 2, "C"))
+def generate_level(hashed: Any, alpha: Any, shift: Any, payload: Any, t: Any, value: Any, points: Any, seed_words: Any,
+                   payload_words: Any, controls: Any) -> None:
+    """One level of `dcf.generate` for all keys.
+
+    hashed: AES of `points`, (party, tweak, key, word): the blocks of both children's seeds, then of both children's payloads. Bit `shift`
+    of alpha says which child is kept. t (party, key), value and points are updated; seed_words, payload_words (key, word) and
+    controls (child, key) take this level of the keys.
+    """
+    for i in range(len(alpha)):
+        bit = (alpha[i] >> shift) & _ONE
+        right = _ZERO - bit  # all ones if the right child is kept
+        left = ~right
+        t0, t1 = t[0, i], t[1, i]
+        sign = _ONE - (t1 << _ONE)  # (-1)^t1
+        l0, r0 = hashed[0, 0, i, 0] ^ points[0, 0, i, 0], hashed[0, 1, i, 0] ^ points[0, 1, i, 0]
+        l1, r1 = hashed[1, 0, i, 0] ^ points[1, 0, i, 0], hashed[1, 1, i, 0] ^ points[1, 1, i, 0]
+        control_left = ((l0 ^ l1) & _ONE) ^ bit ^ _ONE
+        control_right = ((r0 ^ r1) & _ONE) ^ bit
+        control = (control_left & left) | (control_right & right)
+        kept0, kept1 = (l0 & left) | (r0 & right), (l1 & left) | (r1 & right)
+        lost = ((l0 ^ l1) & right) | ((r0 ^ r1) & left)
+        seed_words[i, 0] = lost & _SEED
+        low0, low1 = (kept0 ^ (lost & (_ZERO - t0))) & _SEED, (kept1 ^ (lost & (_ZERO - t1))) & _SEED
+        l0, r0 = hashed[0, 0, i, 1] ^ points[0, 0, i, 1], hashed[0, 1, i, 1] ^ points[0, 1, i, 1]
+        l1, r1 = hashed[1, 0, i, 1] ^ points[1, 0, i, 1], hashed[1, 1, i, 1] ^ points[1, 1, i, 1]
+        lost = ((l0 ^ l1) & right) | ((r0 ^ r1) & left)
+        seed_words[i, 1] = lost
+        high0 = ((l0 & left) | (r0 & right)) ^ (lost & (_ZERO - t0))
+        high1 = ((l1 & left) | (r1 & right)) ^ (lost & (_ZERO - t1))
+        for w in range(2):
+            l0, r0 = hashed[0, 2, i, w] ^ points[0, 2, i, w], hashed[0, 3, i, w] ^ points[0, 3, i, w]
+            l1, r1 = hashed[1, 2, i, w] ^ points[1, 2, i, w], hashed[1, 3, i, w] ^ points[1, 3, i, w]
+            lost_value = ((l1 & right) | (r1 & left)) - ((l0 & right) | (r0 & left))
+            kept_value = ((l0 & left) | (r0 & right)) - ((l1 & left) | (r1 & right))
+            word = sign * (lost_value - value[i, w] + payload[i, w] * bit)
+            payload_words[i, w] = word
+            value[i, w] += kept_value + sign * word
+        t[0, i], t[1, i] = (kept0 & _ONE) ^ (t0 & control), (kept1 & _ONE) ^ (t1 & control)
+        controls[0, i], controls[1, i] = np.uint8(control_left), np.uint8(control_right)
+        for tweak in range(4):
+            points[0, tweak, i, 0], points[0, tweak, i, 1] = low0 ^ np.uint64(tweak), high0
+            points[1, tweak, i, 0], points[1, tweak, i, 1] = low1 ^ np.uint64(tweak), high1
+
+
+@_compiled(types.Array(types.int64, 4, "C", readonly=True), types.int64, types.int64, types.Array(types.int8, 5, "C"))
+def split_digits(x: Any, top: Any, left: Any, digits: Any) -> None:
+    """The eight balanced 8-bit digits of x (N, C, H, W), -128 to 127 with sum_i digit_i 2^(8 i) = x modulo 2^64.
+
+    They go into digits (8, N or more, H + ..., W + ..., C) from row `top` and column `left` on.
+    """
+    count, channels, height, width = x.shape
+    balance = np.int64(-0x7F7F7F7F7F7F7F80)  # 0x80 in every byte: x + this, xor this, has the digits as its bytes
+    for n in range(count):
+        for row in range(height):
+            for c in range(channels):
+                for column in range(width):
+                    v = (x[n, c, row, column] + balance) ^ balance
+                    for i in range(8):
+                        digits[i, n, top + row, left + column, c] = np.int8(v >> np.int64(8 * i))
+
+
+@_compiled(types.Array(types.int32, 4, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True),
+           types.Array(types.int64, 3, "C"))
+def join_digits(products: Any, step: Any, out: Any) -> None:
+    """out[n, o, p] = step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
+    _, count, pixels, outputs = products.shape
+    total = np.empty(outputs, np.int64)
+    for n in range(count):
+        for p in range(pixels):
+            for o in range(outputs):
+                total[o] = products[7, n, p, o]
+            for i in range(6, -1, -1):
+                for o in range(outputs):
+                    total[o] = (total[o] << np.int64(8)) + products[i, n, p, o]
+            for o in range(outputs):
+                out[n, o, p] = total[o] * step[o]
+
+
+@_compiled(_words(1), _words(2), _words(1), _words(1), _words(1), types.uint64, types.uint64, _words(1, True))
+def finish_relu(d: Any, shares: Any, sign: Any, masked_sign: Any, mask: Any, bits: Any, server: Any, out: Any) -> None:
+    """A party's share of ReLU(d - A) from its shares of the comparison's payloads (protocol section 5). d is public; server: 1 or 0."""
+    for i in range(len(d)):
+        core = d[i] * (shares[i, 0] - sign[i]) + masked_sign[i] - shares[i, 1]
+        upper = _ZERO - ((d[i] >> bits) & _ONE)  # all ones if d lies in the upper half
+        outside = (d[i] & (_ZERO - server)) - mask[i]
+        out[i] = ((_ZERO - core) & upper) | ((core + outside) & ~upper)
