@@ -99,7 +99,7 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     top.set(ylabel="share of the online time, %", title="where the online time goes", ylim=(0, 100))
     layers = base["timeline"]["layers"]
     _stack(bottom, [_shares(layer, 0.0) for layer in layers])
-    bottom.margins(y=0.05)
+    bottom.set_ylim(0, 1.05 * max(bar.get_y() + bar.get_height() for bar in bottom.patches))
     bottom.set_xticks(range(len(layers)), [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
     bottom.set(ylabel="ms", title=f"layer by layer: {base['relus']:,} ReLUs, batch {base['batch']}, {base['link']}")
     top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -138,7 +138,7 @@ def plot_peers(peers: dict[str, Any], path: Path) -> None:
                 axis.barh(i, online, color="#17465a")
                 note = f" {row[key] / scale:,.0f} (online {online:,.0f})"
             else:
-                note = f" {row[key] / scale:,.0f}" + (f" ({row[key] / ours[key]:.1f}x)" if row.get("same_network", True) else "")
+                note = f" {row[key] / scale:,.0f}" + (f" ({_ratio(row[key], ours[key])})" if row.get("same_network", True) else "")
             axis.text(row[key] / scale, i, note, va="center", fontsize=8)
         axis.set(xscale="log", xlabel=text, xlim=(None, 8 * largest))
     axes[0].set_yticks(range(len(rows)), [f"{r['label']}, n={r['runs']}" for r in rows], fontsize=8)
@@ -163,7 +163,8 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     x = [r["clients"] for r in rows]
     left.plot(x, [r["images_per_s"] for r in rows], "o-", color="#2e86ab")
-    left.set(xscale="log", xlabel="clients", ylabel="images per second, preprocessing included", ylim=(0, None))
+    left.set(xscale="log", xlabel="clients", ylabel="images per second, preprocessing included",
+             ylim=(0, 1.15 * max(r["images_per_s"] for r in rows)))
     for key, style in (("p50", "o-"), ("p99", "s--")):
         right.plot(x, [r["online_ms"][key] for r in rows], style, color="#2e86ab", label=f"online {key}")
         right.plot(x, [r["with_preprocessing_ms"][key] for r in rows], style, color="#d1495b", label=f"with preprocessing {key}")
@@ -194,6 +195,10 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.{1 if value > base else 2}f}x"
 
 
 def _named(row: Row) -> str:
@@ -294,9 +299,8 @@ def peers_table(peers: dict[str, Any]) -> list[str]:
         same = r.get("same_network", True)
         megabytes = f"{r['total_bytes'] / 1e6:,.1f}" if r.get("total_bytes") else ""
         lines.append([r["label"], str(r["runs"]), _with_spread(r, "online_ms"), f"{r['total_ms']:,.0f}",
-                      f"{r['total_ms'] / ours['total_ms']:.1f}x" if same else "",
-                      f"{r['online_ms'] / ours['online_ms']:.1f}x" if same else "",
-                      megabytes, f"{r['total_bytes'] / ours['total_bytes']:.1f}x" if megabytes and same else "",
+                      _ratio(r["total_ms"], ours["total_ms"]) if same else "", _ratio(r["online_ms"], ours["online_ms"]) if same else "",
+                      megabytes, _ratio(r["total_bytes"], ours["total_bytes"]) if megabytes and same else "",
                       f"{r['setup_ms'] / 1e3:.1f} s, {r['setup_bytes'] / 1e6:.0f} MB" if r.get("setup_ms") else "",
                       "yes" if r["hides_image"] else "**no**", (r.get("notes") or "").split(";")[0]])
     return _table(("engine", "n", "online ms (min-max)", "with preprocessing ms", "of ours", "online against our online",

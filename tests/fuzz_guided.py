@@ -12,7 +12,7 @@ def main() -> None:
     """Fuzz one target until it is stopped or fails."""
     import atheris
 
-    import protocol.kernels  # compiled by numba, which takes no instrumented bytecode
+    import protocol.kernels  # noqa: F401 - compiled by numba, which takes no instrumented bytecode
 
     with atheris.instrument_imports(include=["protocol", "server"]):
         from tests.fuzzing import TARGETS
