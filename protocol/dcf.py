@@ -29,7 +29,8 @@ BLOCK_KEYS = 8192
 
 _ONE = np.uint64(1)
 _MASK = np.array([0xFFFFFFFFFFFFFFFE, 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-_PAST = np.uint64(63)
+_MAX_BITS = 63
+_PAST = np.uint64(_MAX_BITS)
 """A bit that is clear in all that is compared."""
 
 
@@ -116,6 +117,8 @@ def generate(alpha: U64, payload: U64, bits: int, randomness: bytes) -> tuple[Dc
     count = len(alpha)
     if len(randomness) != 16 + 32 * count:
         raise ValueError("wrong amount of randomness")
+    if alpha.shape != (count,) or payload.shape != (count, 2) or not 0 < bits <= _MAX_BITS:  # compiled loops check no bounds
+        raise ValueError("wrong shapes of alpha and payload, or number of bits")
     hash_key = randomness[:16]
     hasher = Hasher(hash_key)
     roots = np.frombuffer(randomness, dtype=np.uint64, offset=16).reshape(2, count, 2) & _MASK
@@ -145,6 +148,8 @@ def evaluate(keys: DcfKeys, x: U64, hasher: Hasher | None = None) -> U64:
     """
     hasher = hasher or Hasher(keys.hash_key)
     count, bits = len(keys), keys.bits
+    if x.shape != (count,) or not 0 < bits <= _MAX_BITS:  # compiled loops check no bounds
+        raise ValueError("wrong number of points or of bits")
     x = x & np.uint64((1 << bits) - 1)
     t = np.full(count, keys.party, dtype=np.uint64)
     value = np.zeros((count, 2), dtype=np.uint64)

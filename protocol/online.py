@@ -37,7 +37,9 @@ def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
         return t.contiguous().numpy().view(np.uint64)
 
     opened, sign, masked_sign, mask = words(d), words(relu.sign), words(relu.masked_sign), words(relu.mask)
-    out = torch.empty_like(d)
+    if not len(opened) == len(sign) == len(masked_sign) == len(mask) == sum(map(len, relu.keys)):  # compiled loops check no bounds
+        raise ValueError("the material is for another number of ReLUs")
+    out = torch.empty(d.shape, dtype=torch.int64)
     start = 0
     for keys in relu.keys:
         part = slice(start, start + len(keys))

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import dcf
+from protocol.material import ReluShare
+from protocol.online import relu_share
+from protocol.ring import Party
 
 
 def check(alpha: np.ndarray, x: np.ndarray, bits: int) -> None:
@@ -86,6 +90,23 @@ def test_wrong_amount_of_randomness_is_refused() -> None:
     alpha, payload = np.zeros(4, dtype=np.uint64), np.zeros((4, 2), dtype=np.uint64)
     with pytest.raises(ValueError, match="randomness"):
         dcf.generate(alpha, payload, 8, bytes(10))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    """The compiled loops check no bounds, so their callers must."""
+    alpha, payload = np.zeros(4, dtype=np.uint64), np.zeros((4, 2), dtype=np.uint64)
+    key = dcf.generate(alpha, payload, 8, dcf.fresh_randomness(4))[0]
+    for points in (alpha[:3], np.zeros(5, dtype=np.uint64), payload):
+        with pytest.raises(ValueError, match="number of points"):
+            dcf.evaluate(key, points)
+    for wrong in (payload[:3], np.zeros((5, 2), dtype=np.uint64), alpha):
+        with pytest.raises(ValueError, match="wrong shapes"):
+            dcf.generate(alpha, wrong, 8, dcf.fresh_randomness(4))
+    with pytest.raises(ValueError, match="bits"):
+        dcf.generate(alpha, payload, 64, dcf.fresh_randomness(4))
+    share = ReluShare(torch.zeros(4, dtype=torch.int64), (key,), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="another number of ReLUs"):
+        relu_share(torch.zeros(5, dtype=torch.int64), share, 8, Party.SERVER)
 
 
 def test_a_tampered_key_changes_the_result() -> None:
