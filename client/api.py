@@ -456,6 +456,7 @@ class Client:
                 raise ProtocolViolation("the server neither accepts the material nor refuses it")
             timeline.lap("setup")
             result = online_client(prepared.material, x_ring, Duplex(sender, receiver), timeline)
+            seconds = time.perf_counter() - started
         except BaseException:
             replies.cancel()
             self._discard([(prepared.material.material_id, prepared.secret)])  # if the server did not get as far as taking it
@@ -464,7 +465,7 @@ class Client:
             up.close()
             prepared.material.destroy()
         theirs = [v for k, v in replies.trailing_metadata() or () if k == TIMELINE_KEY and isinstance(v, bytes)] if self._timed else []
-        cost = PhaseCost(time.perf_counter() - started, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
+        cost = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
                          server_timeline=tuple(unpack_timeline(theirs[0])) if theirs else ())
         return ring.decode(result, plan.output_scale), cost
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from client.api import Client, default_stock, list_models
-from client.images import load_image
+from client.images import check_image, load_image
 from protocol.errors import InputError
 from protocol.terminal import exit_on_error
 
@@ -108,6 +108,8 @@ def classify(
     """
     if stock is None and default_stock().is_dir():
         stock = default_stock()
+    for path in images:
+        check_image(path)  # before anybody is asked for anything
     console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("fetching the model", total=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,26 @@ from protocol.errors import InputError
 MAX_PIXELS = 64_000_000
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; what goes wrong with it, while it is open too, becomes an InputError."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"{path} is larger than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
+            yield image
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist", "check the path") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no readable image", "use PNG, JPEG or another format that Pillow reads") from error
+
+
+def check_image(path: Path) -> None:
+    """Raise InputError unless the file exists and begins as an image; its pixels are not decoded."""
+    with _opened(path):
+        pass
+
+
 def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     """One image as uint8 of `shape` (C, H, W), and a note on what was changed, empty if nothing was.
 
@@ -23,23 +45,16 @@ def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(f"the model takes inputs of shape {shape}, which are no images", "use the Python API")
     notes = []
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path} is larger than {MAX_PIXELS // 10**6} megapixels", "make it smaller")
-            image.load()
-            if "A" in image.getbands() or "transparency" in image.info:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)  # type: ignore[assignment]
-                notes.append("transparency laid over black")
-            mode = "RGB" if shape[0] == 3 else "L"
-            if image.mode != mode and not (notes and mode == "RGB"):
-                notes.append(f"converted from {image.mode} to {mode}")
-            converted = image.convert(mode)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", "check the path") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable image", "use PNG, JPEG or another format that Pillow reads") from error
+    with _opened(path) as image:
+        image.load()
+        if "A" in image.getbands() or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+            notes.append("transparency laid over black")
+        mode = "RGB" if shape[0] == 3 else "L"
+        if image.mode != mode and not (notes and mode == "RGB"):
+            notes.append(f"converted from {image.mode} to {mode}")
+        converted = image.convert(mode)
     if converted.size != (shape[2], shape[1]):
         notes.append(f"resized from {converted.width}x{converted.height} to {shape[2]}x{shape[1]}")
         converted = converted.resize((shape[2], shape[1]), Image.Resampling.BICUBIC)

@@ -79,7 +79,7 @@ class DealerTensor(RingTensor):
         fresh.dealt = True
         return fresh
 
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
         step = ActivationStep(tuple(self.data.shape), layer)
         if step.squares:
             beta = self.session.client.ring("beta", (step.squares,))
@@ -89,7 +89,7 @@ class DealerTensor(RingTensor):
             self.session.to_client.send(ring.to_bytes(beta))
         if step.relus:
             self._deal_relus(step)
-        return type(self)(self.session, self.session.client.ring("mask", step.shape), self.scale, True)
+        return type(self)(self.session, self.session.client.ring("mask", step.shape), self.fixed_point.activation_bits, True)
 
     def _deal_relus(self, step: ActivationStep) -> None:
         session, bits = self.session, self.session.plan.comparison_bits

@@ -24,6 +24,11 @@ def _words(dimensions: int, written: bool = False) -> types.Array:
     return types.Array(types.uint64, dimensions, "C", readonly=not written, aligned=written)
 
 
+def _elements(dimensions: int, written: bool = False) -> types.Array:
+    """int64, row-major, at any address."""
+    return types.Array(types.int64, dimensions, "C", readonly=not written, aligned=False)
+
+
 def _compiled(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def compile_now(function: Callable[..., None]) -> Callable[..., None]:
         signature = types.void(*arguments)
@@ -121,9 +126,9 @@ def split_digits(x: Any, top: Any, left: Any, digits: Any) -> None:
 
 
 @_compiled(types.Array(types.int32, 4, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True),
-           types.Array(types.int64, 3, "C"))
+           _elements(3, True))
 def join_digits(products: Any, step: Any, out: Any) -> None:
-    """out[n, o, p] = step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
+    """out[n, o, p] += step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
     _, count, pixels, outputs = products.shape
     total = np.empty(outputs, np.int64)
     for n in range(count):
@@ -134,7 +139,44 @@ def join_digits(products: Any, step: Any, out: Any) -> None:
                 for o in range(outputs):
                     total[o] = (total[o] << np.int64(8)) + products[i, n, p, o]
             for o in range(outputs):
-                out[n, o, p] = total[o] * step[o]
+                out[n, o, p] += total[o] * step[o]
+
+
+@_compiled(_elements(2), _elements(1), types.int64, _elements(1), _elements(2), _elements(2, True))
+def open_share(share: Any, shift: Any, bits: Any, active: Any, opening: Any, d: Any) -> None:
+    """The server's d = floor((share + shift) / 2^bits) - opening at the active pixels.
+
+    share (batch, pixels); shift (pixels,), or empty for none; active: indices (A,), or empty for all pixels; opening, d (batch, A).
+    """
+    for n in range(len(d)):
+        for i in range(d.shape[1]):
+            pixel = active[i] if len(active) else i
+            d[n, i] = ((share[n, pixel] + (shift[pixel] if len(shift) else 0)) >> bits) - opening[n, i]
+
+
+@_compiled(_elements(2), _elements(2), _elements(1), types.int64, _elements(1), _elements(2, True))
+def square_server(d: Any, opening: Any, factor: Any, bits: Any, constant: Any, y: Any) -> None:
+    """The server's part of the squares: from 2 (alpha e + w_S) in y to floor(factor (y + (d + opening)^2) / 2^bits) + constant.
+
+    d, opening, y (batch, A); factor, constant (A,), or empty for none.
+    """
+    for n in range(len(d)):
+        for i in range(d.shape[1]):
+            z = d[n, i] + opening[n, i]
+            square = (y[n, i] + z * z) * (factor[i] if len(factor) else 1)
+            y[n, i] = (square >> bits) + (constant[i] if len(constant) else 0)
+
+
+@_compiled(_elements(2), _elements(2), _elements(1), types.int64, _elements(2), _elements(2, True))
+def square_client(d: Any, twice: Any, factor: Any, bits: Any, mask: Any, y: Any) -> None:
+    """The client's part of the squares: from z_C^2 + 2 w_C in y to -floor(-factor (y + 2 z_C d) / 2^bits) - mask.
+
+    d, twice, mask, y (batch, A); factor (A,), or empty for none.
+    """
+    for n in range(len(d)):
+        for i in range(d.shape[1]):
+            square = (y[n, i] + twice[n, i] * d[n, i]) * (factor[i] if len(factor) else 1)
+            y[n, i] = -((-square) >> bits) - mask[n, i]
 
 
 @_compiled(_words(1), _words(2), _words(1), _words(1), _words(1), types.uint64, types.uint64, _words(1, True))

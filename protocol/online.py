@@ -26,6 +26,18 @@ from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
 from protocol.timeline import Timeline
 
+_NONE = np.empty(0, np.int64)
+
+
+def _array(t: Tensor | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return _NONE if t is None else t.contiguous().numpy()
+
+
+def _check_shapes(d: tuple[int, ...], *others: Tensor) -> None:
+    """Compiled loops check no bounds."""
+    if any(tuple(t.shape) != d or not t.is_contiguous() for t in others):
+        raise ValueError("the material is for an activation of another shape")
+
 
 def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
     """This party's share of ReLU(d - A), flat int64; protocol section 5.
@@ -77,9 +89,8 @@ class ServerTensor(RingTensor):
 
     def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         self.session.timeline.lap("elementwise")
-        share = weight.map(self.data, apply)
+        share = weight.map(self.data, apply, next(self.session.linear))
         self.session.timeline.lap("linear")
-        share += next(self.session.linear)
         return share
 
     def _remask(self) -> RingTensor:
@@ -87,15 +98,25 @@ class ServerTensor(RingTensor):
         fresh.dealt = True
         return fresh
 
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
-        session, half = self.session, next(self.session.activations)
-        step, batch = half.step, half.step.batch
-        z = gather(self.data, layer.active, layer.all_active)
-        d = z - half.opening
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
+        scale = self.fixed_point.activation_bits
+        if self.scale < scale:
+            return self._rescaled(shift)._activate(layer, None, constant)
+        session, half, bits = self.session, next(self.session.activations), self.scale - scale
+        step, batch, y = half.step, half.step.batch, half.cross
+        share, d = self.data.flatten(1), torch.empty((batch, step.active // batch), dtype=torch.int64)
+        if tuple(self.data.shape) != step.shape:
+            raise ValueError("the material is for an activation of another shape")
+        _check_shapes(tuple(d.shape), half.opening, y)
+        active = None if layer.all_active else layer.active
+        kernels.open_share(_array(share), _array(shift).reshape(-1), bits, _array(active), half.opening.numpy(), d.numpy())
         session.timeline.lap("elementwise")
         session.channel.send(ring.to_bytes(d))
         session.timeline.lap("send")
-        y = d.clone() if not step.squares else self._squares(layer, z, half.cross, constant)
+        if step.squares:
+            added = None if constant is None else gather(constant[None], layer.active, layer.all_active)[0]
+            kernels.square_server(d.numpy(), half.opening.numpy(), _array(layer.factor_of_active), scale + layer.c2_shift, _array(added),
+                                  y.numpy())
         session.timeline.lap("squares")
         if half.relu is not None:
             opened = gather(d, layer.relu_in_active, False).flatten()
@@ -109,19 +130,11 @@ class ServerTensor(RingTensor):
         if layer.all_active:
             data = y
         else:
-            data = torch.empty_like(self.data).flatten(1)
+            data = torch.empty_like(share)
             data.index_copy_(1, layer.active, y)
-            data.index_copy_(1, layer.identity, gather(self.data, layer.identity, False) + half.passed)
-        return type(self)(session, data.view(step.shape), self.scale, True)
-
-    def _squares(self, layer: ActivationLayer, z: Tensor, cross: Tensor, constant: Tensor | None) -> Tensor:
-        y = torch.addcmul(cross, z, z)
-        if layer.factor_of_active is not None:
-            y *= layer.factor_of_active
-        y = ring.truncate_local(y, self.scale + layer.c2_shift, Party.SERVER)
-        if constant is not None:
-            y += gather(constant[None], layer.active, layer.all_active)
-        return y
+            passed = ring.truncate_local(gather(share, layer.identity, False), bits, Party.SERVER)
+            data.index_copy_(1, layer.identity, passed + half.passed)
+        return type(self)(session, data.view(step.shape), scale, True)
 
 
 @torch.no_grad()
@@ -142,22 +155,18 @@ def online_server(material: Material[ServerContents], graph: Any, channel: Chann
 
 def _answer(half: ClientActivation, d: Tensor, plan: Plan, timeline: Timeline) -> Tensor:
     """M of one activation layer from the opened d, (batch, active pixels)."""
-    layer, batch = half.step.layer, half.step.batch
+    layer, batch, y = half.step.layer, half.step.batch, half.base
     if half.step.squares:
-        y = torch.addcmul(half.base, half.twice, d)
-        if layer.factor_of_active is not None:
-            y *= layer.factor_of_active
-        y = ring.truncate_local(y, plan.model.fixed_point.activation_bits + layer.c2_shift, Party.CLIENT)
-    else:
-        y = torch.empty_like(d)
+        _check_shapes(tuple(d.shape), half.twice, half.next_mask, y)
+        bits = plan.model.fixed_point.activation_bits + layer.c2_shift
+        kernels.square_client(d.numpy(), half.twice.numpy(), _array(layer.factor_of_active), bits, half.next_mask.numpy(), y.numpy())
     timeline.lap("squares")
     if half.relu is not None:
         opened = gather(d, layer.relu_in_active, False).flatten()
-        kept = relu_share(opened, half.relu, plan.comparison_bits, Party.CLIENT)
-        put(y, layer.relu_in_active, False, kept.view(batch, -1))
+        kept = relu_share(opened, half.relu, plan.comparison_bits, Party.CLIENT).view(batch, -1)
+        kept -= gather(half.next_mask, layer.relu_in_active, False)
+        put(y, layer.relu_in_active, False, kept)
         timeline.lap("comparison")
-    y -= half.next_mask
-    timeline.lap("elementwise")
     return y
 
 

@@ -166,13 +166,12 @@ class PlanTensor(RingTensor):
         fresh.dealt = True
         return fresh
 
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
         if tuple(self.data.shape[1:]) != tuple(layer.mask.shape):
             raise ModelFileError(f"the mask of {layer.name!r} does not fit its layer")
         self.session.add(ActivationStep(tuple(self.data.shape), layer))
-        fresh = self._with(self.data)
-        fresh.dealt = True
-        return fresh
+        value = self._rescaled(shift)
+        return type(self)(self.session, value.data, value.scale, True)
 
 
 def weight_shapes(model: PublicModel) -> dict[str, tuple[int, ...]]:

@@ -70,10 +70,11 @@ class ClientTensor(RingTensor):
         fresh.dealt = True
         return fresh
 
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
         step = ActivationStep(tuple(self.data.shape), layer)
         source, batch = self.session.source, step.batch
-        z = gather(self.data, layer.active, layer.all_active)
+        share = self._rescaled(shift)
+        z = gather(share.data, layer.active, layer.all_active)
         e = torch.empty_like(z)
         twice, base = z << 1, torch.zeros_like(z)
         if step.squares:
@@ -89,11 +90,11 @@ class ClientTensor(RingTensor):
         if layer.all_active:
             passed, next_mask = z[:, :0], mask.flatten(1)
         else:
-            passed = gather(self.data, layer.identity, False) - gather(mask, layer.identity, False)
+            passed = gather(share.data, layer.identity, False) - gather(mask, layer.identity, False)
             next_mask = gather(mask, layer.active, False)
         self.session.to_server.send(ring.to_bytes(e), ring.to_bytes(passed))
         self.session.activations.append(ClientActivation(step, twice, base, relu, next_mask))
-        return type(self)(self.session, mask, self.scale, True)
+        return type(self)(self.session, mask, share.scale, True)
 
 
 def put(dense: Tensor, index: Tensor, everything: bool, values: Tensor) -> None:

@@ -58,8 +58,9 @@ class SimulationTensor(RingTensor):
         fresh.dealt = True
         return fresh
 
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
-        z = self.data.flatten(1)
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
+        value = self._rescaled(shift)
+        z = value.data.flatten(1)
         out = z.clone()
         if len(layer.square):
             y = z * z
@@ -75,7 +76,7 @@ class SimulationTensor(RingTensor):
             kept = z[:, layer.relu]
             self.session.largest_compared = max(self.session.largest_compared, int(kept.abs().max()))
             out[:, layer.relu] = kept.clamp_min(0)
-        return type(self)(self.session, out.view(self.data.shape), self.scale, True)
+        return type(self)(self.session, out.view(self.data.shape), value.scale, True)
 
 
 def server_parameters(model: Model) -> dict[str, Weight | Constant]:

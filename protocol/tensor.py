@@ -43,11 +43,12 @@ class Weight:
     def t(self) -> Weight:
         return Weight(self.data.t(), None if self.limbs is None else self.limbs.t())
 
-    def map(self, x: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """apply(x, this weight) modulo 2^64."""
+    def map(self, x: Tensor, apply: Callable[[Tensor, Tensor], Tensor], onto: Tensor | None = None) -> Tensor:
+        """apply(x, this weight) modulo 2^64; added to `onto`, in place, if given."""
         if self.digits is not None and isinstance(apply, ring.Convolution) and apply.groups == 1 and apply.dilation == (1, 1):
-            return ring.convolve_in_digits(x, self.digits, apply)
-        return apply(x, self.data) if self.limbs is None else ring.map_in_limbs(x, self.limbs, apply)
+            return ring.convolve_in_digits(x, self.digits, apply, onto)
+        result = apply(x, self.data) if self.limbs is None else ring.map_in_limbs(x, self.limbs, apply)
+        return result if onto is None else onto.add_(result)
 
     def __repr__(self) -> str:
         return f"Weight(shape={tuple(self.data.shape)}, <private>)"
@@ -128,11 +129,12 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         """Sum of two shared tensors, scales aligned exactly, or with a constant of the server's."""
         if isinstance(other, Constant):
             return self._add_constant(other)
-        a, b = self._align(other.scale), other._align(self.scale)
-        if a.data.is_meta != b.data.is_meta:
-            a, b = a._with(a.data.to("meta")), b._with(b.data.to("meta"))
-        total = a._with(a.data + b.data)
-        total.dealt = a.dealt and b.dealt
+        coarse, fine = (self, other) if self.scale <= other.scale else (other, self)
+        a, b = fine.data, coarse.data
+        if a.is_meta != b.is_meta:
+            a, b = a.to("meta"), b.to("meta")
+        total = fine._with(torch.add(a, b, alpha=1 << (fine.scale - coarse.scale)))
+        total.dealt = fine.dealt and coarse.dealt
         return total
 
     def sub(self, other: RingTensor) -> RingTensor:
@@ -225,7 +227,11 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         result.dealt = False
         return result
 
-    def _rescale(self) -> RingTensor:
+    def _rescaled(self, shift: Tensor | None) -> Self:
+        """This value plus the shift at scale f_a."""
+        return (self if shift is None else self._with(self.data + shift))._rescale()
+
+    def _rescale(self) -> Self:
         """To the activation scale f_a: exact upwards, truncation downwards."""
         target = self.fixed_point.activation_bits
         if self.scale <= target:
@@ -239,15 +245,14 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         return self._activation(module.layer, getattr(module, "c1", None), getattr(module, "c0", None))
 
     def _activation(self, layer: ActivationLayer, c1: Constant | None, c0: Constant | None) -> RingTensor:
-        z, constant = self, None
+        shift = constant = None
         if len(layer.square) and c1 is not None and c1.data is not None and c0 is not None and c0.data is not None:
             # only who holds the coefficients adds them: the shift before the square, the constant after it
             r1, r0 = c1.data, c0.data
             shift = c1.encoded("shift", self.scale, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[0], self.scale))
-            z = self._with(self.data + shift)
             bits = self.fixed_point.activation_bits
             constant = c0.encoded("constant", bits, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[1], bits))
-        return z._rescale()._activate(layer, constant)
+        return self._activate(layer, shift, constant)
 
     # --- what a role defines ------------------------------------------------------------------------------------
 
@@ -268,10 +273,11 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         """The same value with a fresh mask that the dealer knows."""
 
     @abstractmethod
-    def _activate(self, layer: ActivationLayer, constant: Tensor | None) -> RingTensor:
-        """The activation of a value at scale f_a, whose square pixels already carry the shift; the result is dealt.
+    def _activate(self, layer: ActivationLayer, shift: Tensor | None, constant: Tensor | None) -> RingTensor:
+        """The activation of this value, which `_rescaled` brings to scale f_a; the result is dealt.
 
-        constant: what the square pixels still lack, ring elements of the layer's shape, for the role that holds it.
+        shift, constant: what the square pixels lack before, at this value's scale, and after the square, at scale f_a; ring elements
+        of the layer's shape for the role that holds them.
         """
 
 

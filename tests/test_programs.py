@@ -74,6 +74,7 @@ def test_client_mistakes(roles: Roles, tmp_path: Path) -> None:
     mistake(program("client", "classify", image(tmp_path), *peers, "--insecure", "--certificate", "a", "--key", "b"), 2, "plaintext")
     nowhere = ["--server", "127.0.0.1:9", "--dealer", "127.0.0.1:9", "--insecure"]
     mistake(program("client", "classify", image(tmp_path), *nowhere), 1, "unreachable", "hint")
+    mistake(program("client", "classify", tmp_path / "none.png", *nowhere), 2, "does not exist")
     swapped = ["--server", roles.dealer, "--dealer", roles.server, "--insecure"]
     mistake(program("client", "classify", image(tmp_path), *swapped), 1, "no Relucent service")
 
