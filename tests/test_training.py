@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,15 +90,31 @@ def test_gradients_that_are_not_finite_stop_before_they_reach_the_weights(tmp_pa
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == 2
 
 
-def test_norms_are_averages_of_the_sample() -> None:
+def test_norms_take_the_median_of_the_samples_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3))
-    sample = learnable(200)
-    reestimate_norms(model, sample, batch=100)
-    norm = model[0]
-    assert torch.allclose(norm.running_mean, sample.normalised().mean((0, 2, 3)), atol=1e-4)
+    norm, sample = model[0], learnable(230)
+    sample.images[:50] //= 2
+    sample.images[50:100] //= 3
+    reestimate_norms(model, sample, batch=50)  # the incomplete batch is left out
+    parts = [sample[start : start + 50].normalised() for start in range(0, 200, 50)]
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in parts]).median(0).values, atol=1e-4)
+    assert torch.allclose(norm.running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in parts]).median(0).values, atol=1e-4)
     assert norm.momentum == 0.1
     assert not model.training
+
+
+def test_one_outlier_does_not_spoil_the_norms() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    clean = learnable(300)
+    clean = replace(clean, images=clean.images // 8)
+    spoilt = replace(clean, images=clean.images.clone())
+    spoilt.images[70] = 255
+    variances = []
+    for sample in (clean, spoilt):
+        reestimate_norms(model, sample, batch=50)
+        variances.append(model[0].running_var.clone())
+    assert torch.allclose(*variances, rtol=0.1)
 
 
 def test_distillation_is_zero_for_equal_logits() -> None:
