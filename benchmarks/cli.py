@@ -226,7 +226,7 @@ def load_test(
 @app.command()
 @exit_on_error("relucent-bench", DataError, NetworkFileError)
 def methods(
-    folder: Annotated[Path, typer.Argument(help="Folder of `relucent-opt pareto`.")],
+    networks: Annotated[list[Path], typer.Argument(help="Folders of `relucent-opt pareto`, and reduced networks.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set; its test images are classified.")] = Path("data"),
     images: Annotated[int, typer.Option(help="Test images that are classified privately.", min=1)] = 1000,
     runs: Annotated[int, typer.Option(help="Measured runs of the latency; one more warms up.", min=1)] = 15,
@@ -234,10 +234,10 @@ def methods(
     RESULTS / "methods.json",
     as_json: AsJson = False,
 ) -> None:
-    """Each network of a Pareto run as it would be served: float, fixed-point and private accuracy, latency, bytes."""
+    """Each reduced network as it would be served: float, fixed-point and private accuracy, latency, bytes."""
     before = load_results(out.parent, out.stem) or {"rows": []}
     with Status("starting", console=Console(stderr=True)) as status:
-        result = measure_methods(folder, data, images, runs, before["rows"], status.update,
+        result = measure_methods(networks, data, images, runs, before["rows"], status.update,
                                  lambda rows: _write_json(out, {"rows": rows}))
     _store(result, out, as_json)
 

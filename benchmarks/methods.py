@@ -1,4 +1,4 @@
-"""ReLU-reduction methods side by side: each network of a `relucent-opt pareto` folder, measured as it would be served.
+"""ReLU-reduction methods side by side: each network of `relucent-opt pareto` or `reduce`, measured as it would be served.
 
 The test images are touched here and nowhere else, once for each network; methods and settings are chosen on validation images.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks.processes import environment
 from model_opt.compiler import compile_model, fixed_point_accuracy
 from model_opt.datasets import open_dataset
 from model_opt.files import load_network
+from model_opt.runs import table_row
 from model_opt.training import accuracy
 from protocol.errors import InputError
 from protocol.model import save
@@ -25,31 +26,39 @@ from protocol.model import save
 CALIBRATION_IMAGES = 500
 
 
-def measure_methods(folder: Path, data: Path, images: int, runs: int, done: list[dict[str, Any]], say: Callable[[str], None],
+def _listed(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Reduced networks, each with its row: all of a Pareto folder, or the one in a file. Raises InputError, NetworkFileError."""
+    try:
+        if path.is_dir():
+            return [(path / row["file"], row) for row in json.loads((path / "pareto.json").read_text())["rows"]]
+        return [(path, table_row(load_network(path)[1], path.name))]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is no folder of `relucent-opt pareto` and no network of `relucent-opt reduce`",
+                         "make one of them first") from error
+
+
+def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, done: list[dict[str, Any]], say: Callable[[str], None],
                     keep: Callable[[list[dict[str, Any]]], None]) -> dict[str, Any]:
-    """The rows of `folder`/pareto.json with accuracies on the test images (float, fixed point, private), latency and bytes.
+    """One row for each network of `paths` with accuracies on the test images (float, fixed point, private), latency and bytes.
 
     Args:
-        images: test images that are classified privately; the other two take all. runs: of the latency.
+        paths: folders of `relucent-opt pareto` and files of reduced networks. images: test images that are classified privately; the
+            other two take all. runs: of the latency.
         done: rows measured before, which are taken as they are. keep: called with all rows after each.
     """
-    path = folder / "pareto.json"
-    try:
-        listed: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is missing or no result of `relucent-opt pareto`", "run it with --out on this folder first") from error
+    listed = [item for path in paths for item in _listed(path)]
     source = open_dataset(data)
     train, _ = source.load_train()
     test = source.load_test()
     rows: list[dict[str, Any]] = []
-    for listed_row in listed:
+    for file, listed_row in listed:
         name = listed_row["file"]
         known = next((row for row in done if row.get("file") == name and row["minutes"] == listed_row["minutes"]), None)
         if known is not None:
             rows.append(known)
             continue
         say(f"{name}: float accuracy")
-        network, info = load_network(folder / name)
+        network, info = load_network(file)
         row = {key: value for key, value in listed_row.items() if key != "details"}
         row["test_accuracy"] = accuracy(network, replace(test, mean=info.mean, std=info.std))
         say(f"{name}: compiling")

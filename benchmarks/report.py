@@ -320,12 +320,18 @@ def load_table(load: dict[str, Any]) -> list[str]:
             "and dealer share this machine's cores, so more cores serve more; with few inferences p99 is near the slowest one."]
 
 
+def _validation(row: dict[str, Any]) -> str:
+    """Validation accuracy; with the number of images if the last training took in the others."""
+    accuracy, images = f"{100 * row['validation_accuracy']:.2f}", [part.get("validation_images") for part in row.get("later", ())][-1:]
+    return accuracy + f" (of {images[0]:,})" * any(images)
+
+
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
     lines = []
     for r in sorted(methods["rows"], key=lambda r: (r["budget"], -r["test_accuracy"])):
         lines.append([r["label"], f"{r['network']} w{r['width']}", f"{r['relus']:,}", str(r["degree"]),
-                      f"{100 * r['validation_accuracy']:.2f}", f"{100 * r['test_accuracy']:.2f}", f"{100 * r['fixed_point_accuracy']:.2f}",
+                      _validation(r), f"{100 * r['test_accuracy']:.2f}", f"{100 * r['fixed_point_accuracy']:.2f}",
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})", f"{r['online_ms']:.0f}",
                       f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"]), str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}"])
     return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",

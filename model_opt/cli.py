@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import describe_hardware, minutes_spent
+from model_opt.runs import describe_hardware, minutes_spent, table_row
 from model_opt.training import Recipe, TrainingError, accuracy, changed_settings, digest, fit, world, write_atomically
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
@@ -181,6 +181,8 @@ def train(
     start: Annotated[Path | None, typer.Option(
         "--from", help="Network to go on from, in place of --network and --width; a reduced one keeps its choice of ReLUs.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="All-ReLU network to distil from.")] = None,
+    fold_in: Annotated[int, typer.Option(
+        help="Validation images to train on too, for a last run whose settings are chosen; the others still validate.", min=0)] = 0,
     run: Run = None,
     download: Download = False,
 ) -> None:
@@ -208,15 +210,17 @@ def train(
         if start is not None and (info.mean, info.std) != (before.mean, before.std):
             raise InputError(f"{teacher} and {start} normalise images differently", "distil from the network's own teacher")
         training, validation = (replace(split, mean=info.mean, std=info.std) for split in (training, validation))
+    if fold_in >= len(validation):
+        raise InputError(f"--fold-in {fold_in} leaves none of the {len(validation):,} validation images", "leave some to validate with")
+    training, validation = training.joined(validation[:fold_in]), validation[fold_in:]
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, teacher=mentor, label="train",
                 settings={"network": network, "width": width, "from": origin})
     if world()[0] > 0:
         return
-    made_by = {"command": "train", "dataset": source.name, "epochs": epochs, "batch": batch, "lr": lr, "schedule": schedule,
-               "label_smoothing": label_smoothing, "ema": ema, "start_size": start_size, "shift": shift, "cutout": cutout,
-               "seed": seed, "distil": teacher is not None, "validation_accuracy": score,
-               "minutes": minutes_spent(where), "hardware": describe_hardware()}
+    made_by = {"command": "train", "dataset": source.name, **asdict(recipe), "distil": teacher is not None, "fold_in": fold_in,
+               "validation_accuracy": score, "validation_images": len(validation), "minutes": minutes_spent(where),
+               "hardware": describe_hardware()}
     if start is not None:
         made_by |= {"from": before.made_by, "relus": count_relus(model) if before.partial else "all"}
         info = replace(before, made_by=made_by)
@@ -342,12 +346,7 @@ def pareto(
                         impossible.append({"label": label, "budget": count, "seed": seed, "reason": str(error)})
                         continue
                     reduced = _reduced_info(info, result, made_by)
-                    row = {"label": label, "method": method, "network": info.network, "width": reduced.width, "relus": result.relus,
-                           "budget": count, "file": network.name,
-                           "degree": options.get("degree", 2 if method in ("autorep", "cost") else 0),
-                           "validation_accuracy": result.validation_accuracy, "test_accuracy": None, "seed": seed, "epochs": epochs,
-                           "hardware": made_by["hardware"], "minutes": made_by["minutes"], "torch": torch.__version__,
-                           "settings": settings, "details": result.details}
+                    row = {**table_row(reduced, network.name), "label": label}
                     if first:
                         _write(network, files.serialise_network(result.model, reduced, 16))
                         _write(facts, json.dumps(row, indent=1).encode())

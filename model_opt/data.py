@@ -29,6 +29,10 @@ class Split:
     def __getitem__(self, chosen: slice) -> Split:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
+    def joined(self, other: Split) -> Split:
+        """These images and then those of `other`, normalised as these."""
+        return replace(self, images=torch.cat([self.images, other.images]), labels=torch.cat([self.labels, other.labels]))
+
     def to(self, device: torch.device) -> Split:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 

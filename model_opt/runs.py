@@ -1,4 +1,4 @@
-"""Facts about training runs: how long they took, and on what."""
+"""Facts about training runs: how long they took, on what, and what they made."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import csv
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from model_opt.files import NetworkInfo
+
+FOUND = ("command", "relus", "total", "validation_accuracy", "minutes", "hardware", "torch", "details")
+"""What `made_by` of a reduced network holds beside the settings."""
 
 
 def minutes_spent(folder: Path) -> float:
@@ -29,3 +35,28 @@ def describe_hardware() -> str:
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = names[0] if names else processor
     return f"{processor}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
+    """A reduced network's row in tables of methods; ValueError for a network that no method reduced.
+
+    Epochs and minutes include the training that went on from the reduced network (`train --from`); `later` has its settings, and
+    the validation accuracy is that of the last.
+    """
+    later: list[dict[str, Any]] = []
+    made_by = last = info.made_by
+    while "from" in made_by:
+        later.insert(0, {key: value for key, value in made_by.items() if key != "from"})
+        made_by = made_by["from"]
+    if made_by.get("command") != "reduce":
+        raise ValueError(f"{file} was not made by `relucent-opt reduce` or `pareto`")
+    options = made_by["options"]
+    label = made_by["method"] + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
+    return {"label": label, "method": made_by["method"], "network": info.network, "width": info.width, "relus": made_by["relus"],
+            "budget": made_by["budget"], "file": file,
+            "degree": options.get("degree", 2 if made_by["method"] in ("autorep", "cost") else 0),
+            "validation_accuracy": last["validation_accuracy"], "test_accuracy": None, "seed": made_by["seed"],
+            "epochs": sum(part["epochs"] for part in (made_by, *later)), "hardware": last["hardware"],
+            "minutes": round(sum(part["minutes"] for part in (made_by, *later)), 1), "torch": made_by["torch"],
+            "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by["details"],
+            **({"later": later} if later else {})}

@@ -23,6 +23,7 @@ from model_opt.files import load_network, serialise_network
 from model_opt.methods import count_all
 from model_opt.networks import build
 from model_opt.published import CIFAR10
+from model_opt.runs import table_row
 from model_opt.show import draw_pareto
 from protocol.model import save
 from tests.samples import MEAN, STD, network_info
@@ -105,6 +106,27 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
     with pytest.raises(SystemExit):
         rows()
     refused(capsys, "earlier version")
+
+
+def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The row of the network adds both trainings up, and keeps the settings of each."""
+    reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, option=["freeze=0.5"], **SHORT)
+    train(Path("better"), start=Path("out"), teacher=Path("teacher"), lr=0.02, fold_in=1, epochs=2, batch=6)
+    before, after = (load_network(Path(name))[1] for name in ("out", "better"))
+    (kept,) = open_dataset(Path("data")).load_train()[1:]
+    row = table_row(after, "better")
+    assert row["label"] == "autorep:freeze=0.5" and row["degree"] == 2 and row["file"] == "better"
+    assert row["relus"] == table_row(before, "out")["relus"] <= 200 == row["budget"]
+    assert (row["epochs"], row["settings"]["epochs"]) == (3, 1)
+    (later,) = row["later"]
+    assert (later["lr"], later["fold_in"], later["validation_images"]) == (0.02, 1, len(kept) - 1)
+    assert row["validation_accuracy"] == later["validation_accuracy"] and "later" not in table_row(before, "out")
+    train(Path("plain"), network="resnet18", width=4, **SHORT)
+    with pytest.raises(ValueError, match="plain was not made by"):
+        table_row(load_network(Path("plain"))[1], "plain")
+    with pytest.raises(SystemExit):
+        train(Path("better"), start=Path("out"), fold_in=len(kept), **SHORT)
+    refused(capsys, "--fold-in", "leaves none")
 
 
 def test_pareto_notes_impossible_budgets_and_reshaped_widths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
