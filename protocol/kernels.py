@@ -108,27 +108,28 @@ def generate_level(hashed: Any, alpha: Any, shift: Any, payload: Any, t: Any, va
             points[1, tweak, i, 0], points[1, tweak, i, 1] = low1 ^ np.uint64(tweak), high1
 
 
-@_compiled(types.Array(types.int64, 4, "C", readonly=True), types.int64, types.int64, types.Array(types.int8, 5, "C"))
-def split_digits(x: Any, top: Any, left: Any, digits: Any) -> None:
+@_compiled(types.Array(types.int64, 4, "C", readonly=True), types.int64, types.int64, types.int64, types.int64,
+           types.Array(types.int8, 5, "C"))
+def split_digits(x: Any, first: Any, last: Any, top: Any, left: Any, digits: Any) -> None:
     """The eight balanced 8-bit digits of x (N, C, H, W), -128 to 127 with sum_i digit_i 2^(8 i) = x modulo 2^64.
 
-    They go into digits (8, N or more, H + ..., W + ..., C) from row `top` and column `left` on.
+    Those of rows `first` to `last` - 1 go into digits (8, N, last - first + ..., W + ..., C) from row `top` and column `left` on.
     """
-    count, channels, height, width = x.shape
+    count, channels, _, width = x.shape
     balance = np.int64(-0x7F7F7F7F7F7F7F80)  # 0x80 in every byte: x + this, xor this, has the digits as its bytes
     for n in range(count):
-        for row in range(height):
+        for row in range(first, last):
             for c in range(channels):
                 for column in range(width):
                     v = (x[n, c, row, column] + balance) ^ balance
                     for i in range(8):
-                        digits[i, n, top + row, left + column, c] = np.int8(v >> np.int64(8 * i))
+                        digits[i, n, top + row - first, left + column, c] = np.int8(v >> np.int64(8 * i))
 
 
-@_compiled(types.Array(types.int32, 4, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True),
+@_compiled(types.Array(types.int32, 4, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True), types.int64,
            _elements(3, True))
-def join_digits(products: Any, step: Any, out: Any) -> None:
-    """out[n, o, p] += step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
+def join_digits(products: Any, step: Any, first: Any, out: Any) -> None:
+    """out[n, o, first + p] += step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
     _, count, pixels, outputs = products.shape
     total = np.empty(outputs, np.int64)
     for n in range(count):
@@ -139,7 +140,7 @@ def join_digits(products: Any, step: Any, out: Any) -> None:
                 for o in range(outputs):
                     total[o] = (total[o] << np.int64(8)) + products[i, n, p, o]
             for o in range(outputs):
-                out[n, o, p] += total[o] * step[o]
+                out[n, o, first + p] += total[o] * step[o]
 
 
 @_compiled(_elements(2), _elements(1), types.int64, _elements(1), _elements(2), _elements(2, True))

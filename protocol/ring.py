@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocol import kernels
+from protocol import kernels, parallel
 
 RING_BITS = 64
 ELEMENT_BYTES = 8
@@ -130,8 +130,19 @@ def digit_weight(quantised: Tensor, step: Tensor) -> DigitWeight | None:
     return DigitWeight(matrix, step.long(), (outputs, channels, rows, columns))
 
 
+def _blocks(count: int, high: int, image_bytes: int) -> list[tuple[slice, range]]:
+    """Images and rows of a result in blocks that keep a core's share of the working set in its cache and all cores busy."""
+    cores = parallel.cores()
+    rows = min(max(DIGIT_CHUNK_BYTES * high // image_bytes, 1), high)
+    if count < cores:
+        rows = min(rows, -(-high * count // cores))
+    images = min(max(DIGIT_CHUNK_BYTES // image_bytes, 1), -(-count // cores)) if rows == high else 1
+    return [(slice(first, min(first + images, count)), range(row, min(row + rows, high)))
+            for first in range(0, count, images) for row in range(0, high, rows)]
+
+
 def convolve_in_digits(x: Tensor, weight: DigitWeight, how: Convolution, onto: Tensor | None = None) -> Tensor:
-    """A convolution modulo 2^64 as one 8-bit matrix product over the eight balanced digits of x, exact; `onto`, if given, takes it on top.
+    """A convolution modulo 2^64 as 8-bit matrix products over the eight balanced digits of x, exact; `onto`, if given, takes it on top.
 
     The sums of products of 8-bit numbers fit 32 bits; the digits' results are joined modulo 2^64. Three times as fast as int64
     convolution where the processor multiplies 8-bit vectors. groups and dilation must be 1.
@@ -140,23 +151,26 @@ def convolve_in_digits(x: Tensor, weight: DigitWeight, how: Convolution, onto: T
     outputs, _, rows, columns = weight.shape
     (down, right), (top, left) = how.stride, how.padding
     high, wide = (height + 2 * top - rows) // down + 1, (width + 2 * left - columns) // right + 1
-    # as many images at once as leave the working set in the cache
-    at_once = min(max(DIGIT_CHUNK_BYTES // (DIGITS * weight.matrix.shape[0] * high * wide), 1), count)
-    padded = np.zeros((DIGITS, at_once, height + 2 * top, width + 2 * left, channels), np.int8)
-    s = padded.strides
-    windows = torch.from_numpy(padded).as_strided((DIGITS, at_once, high, wide, rows, columns * channels),
-                                                  (s[0], s[1], s[2] * down, s[3] * right, s[2], 1))
     shape = (count, outputs, high, wide)
     joined = torch.zeros(shape, dtype=torch.int64) if onto is None else onto
     if tuple(joined.shape) != shape or not joined.is_contiguous():  # compiled loops check no bounds
         raise ValueError(f"a result of shape {shape} cannot be added to {tuple(joined.shape)}")
     source, target, step = x.contiguous().numpy(), joined.numpy().reshape(count, outputs, high * wide), weight.step.numpy()
-    for start in range(0, count, at_once):
-        part = slice(start, start + at_once)
-        here = len(source[part])
-        kernels.split_digits(source[part], top, left, padded)
-        products = torch._int_mm(windows[:, :here].reshape(DIGITS * here * high * wide, -1), weight.matrix)
-        kernels.join_digits(products.numpy().reshape(DIGITS, here, high * wide, outputs), step, target[part])
+
+    def convolve(block: tuple[slice, range]) -> None:
+        images, out_rows = block
+        here = images.stop - images.start
+        start, stop = out_rows[0] * down - top, out_rows[-1] * down - top + rows  # of the rows of x, those of the padding included
+        first, last = max(start, 0), max(min(stop, height), 0)
+        padded = np.zeros((DIGITS, here, stop - start, width + 2 * left, channels), np.int8)
+        kernels.split_digits(source[images], first, max(first, last), first - start, left, padded)
+        s = padded.strides
+        windows = torch.from_numpy(padded).as_strided((DIGITS, here, len(out_rows), wide, rows, columns * channels),
+                                                      (s[0], s[1], s[2] * down, s[3] * right, s[2], 1))
+        products = torch._int_mm(windows.reshape(DIGITS * here * len(out_rows) * wide, -1), weight.matrix)
+        kernels.join_digits(products.numpy().reshape(DIGITS, here, len(out_rows) * wide, outputs), step, out_rows[0] * wide, target[images])
+
+    parallel.run(convolve, _blocks(count, high, DIGITS * weight.matrix.shape[0] * high * wide))
     return joined
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol import ring
+from protocol import parallel, ring
 from protocol.ring import Party
 
 WORDS = st.integers(-(2**63), 2**63 - 1)
@@ -66,6 +66,36 @@ def test_digits_equal_int64_at_the_edges(kernel: int, stride: int, padding: int,
     assert digits is not None
     weight = quantised.long() * step.view(-1, 1, 1, 1)
     assert torch.equal(ring.convolve_in_digits(x, digits, how), how(x, weight))
+
+
+@pytest.mark.parametrize("cores", [1, 3, 64])
+@pytest.mark.parametrize("chunk", [1, 100_000, 1 << 30])
+def test_blocks_of_a_convolution_cover_it(monkeypatch: pytest.MonkeyPatch, cores: int, chunk: int) -> None:
+    """Rows, images and several images at once: every element once, whatever the number of cores."""
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "run", lambda work, parts: [work(part) for part in parts])
+    monkeypatch.setattr(ring, "DIGIT_CHUNK_BYTES", chunk)
+    quantised, x = torch.randint(-128, 128, (128, 32, 3, 3), dtype=torch.int8), torch.randint(-(2**63), 2**63 - 1, (5, 32, 7, 5))
+    how = ring.Convolution((2, 1), (1, 2), (1, 1), 1)
+    digits = ring.digit_weight(quantised, torch.ones(128))
+    assert digits is not None
+    for batch in (1, 5):
+        assert torch.equal(ring.convolve_in_digits(x[:batch], digits, how), how(x[:batch], quantised.long()))
+        blocks = ring._blocks(batch, 4, 9 * 32 * 8 * 4 * 7)
+        covered = [(image, row) for images, rows in blocks for image in range(images.start, images.stop) for row in rows]
+        assert sorted(covered) == [(image, row) for image in range(batch) for row in range(4)]
+
+
+def test_a_part_that_fails_is_told() -> None:
+    def work(part: int) -> None:
+        assert torch.get_num_threads() == 1 or parallel.cores() == 1
+        if part == 3:
+            raise ValueError("part 3")
+
+    parallel.run(work, range(3))
+    with pytest.raises(ValueError, match="part 3"):
+        parallel.run(work, range(5))
+    assert parallel.cores() == torch.get_num_threads()
 
 
 def test_digits_are_refused_where_they_would_not_pay_or_not_fit() -> None:
