@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import describe_hardware, minutes_spent, table_row
-from model_opt.training import Recipe, TrainingError, accuracy, changed_settings, digest, fit, world, write_atomically
+from model_opt.runs import describe_hardware, epochs_spent, minutes_spent, table_row
+from model_opt.training import Recipe, TrainingError, TrainingFailure, accuracy, changed_settings, digest, fit, world, write_atomically
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
 from protocol.terminal import exit_on_error
@@ -51,6 +52,8 @@ MethodOption = Annotated[list[str] | None, typer.Option("--option", "-o", help="
 
 
 def _open(folder: Path, name: str, size: int, download: bool) -> datasets.Dataset:
+    if download and world()[1] > 1:
+        raise InputError("several processes cannot download the same files", "run the command with --download without torchrun first")
     if download:
         wanted = "cifar10" if name == "auto" else name
         with Status(f"downloading {wanted}", console=Console(stderr=True)) as status:
@@ -63,7 +66,17 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror}") from error
+        raise TrainingFailure(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of training: raise TrainingFailure if the result could not be written in the end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingFailure(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise TrainingFailure(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'no permission'}")
 
 
 def _recipe(**settings: Any) -> Recipe:
@@ -83,9 +96,7 @@ def _teacher(path: Path) -> tuple[nn.Module, files.NetworkInfo]:
 def _fitting(dataset: datasets.Dataset, info: files.NetworkInfo, path: Path) -> tuple[data.Split, data.Split]:
     """Training and validation images as the network at `path` expects them."""
     train, validation = dataset.load_train()
-    if train.shape != info.input_shape or len(dataset.classes) != len(info.classes):
-        raise InputError(f"{path} takes {'x'.join(map(str, info.input_shape))} images of {len(info.classes)} classes, {dataset.name} has "
-                         f"{'x'.join(map(str, train.shape))} images of {len(dataset.classes)}", "pass the data that it was trained on")
+    files.check_fits(dataset, train.shape, info, path)
     return replace(train, mean=info.mean, std=info.std), replace(validation, mean=info.mean, std=info.std)
 
 
@@ -138,21 +149,28 @@ def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.M
     result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folder,
                             distil=settings["distil"], rebuild=_rebuild(info), **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
-               "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "hardware": describe_hardware(),
-               "torch": torch.__version__, "details": result.details}
+               "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "epochs_spent": epochs_spent(folder),
+               "hardware": describe_hardware(), "torch": torch.__version__, "details": result.details}
     return result, made_by
 
 
-def _finished(facts: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of a finished run; None if there is none. Raises InputError if it has other settings."""
+def _finished(facts: Path, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a finished run; None if there are none. Raises InputError if it has other settings."""
     if not facts.is_file():
         return None
-    row: dict[str, Any] = json.loads(facts.read_text())
-    if "settings" not in row:
-        raise InputError(f"{facts} is of an earlier version and does not say its settings", "use another --out")
-    if changed := changed_settings(row["settings"], settings):
+    rows: list[dict[str, Any]] = json.loads(facts.read_text()).get("rows")
+    if not rows:
+        raise InputError(f"{facts} is of an earlier version", "use another --out")
+    if changed := changed_settings(rows[0]["settings"], settings):
         raise InputError(f"{facts} was made with other settings ({', '.join(changed)})", "use another --out, or the same settings")
-    return row
+    return rows
+
+
+def _variants(result: methods.Reduced, made_by: dict[str, Any], path: Path) -> list[tuple[methods.Reduced, Path, dict[str, Any]]]:
+    """The network that a run made and its narrower ones, each with its file and the facts of the run."""
+    return [(result, path, made_by)] + [
+        (narrow, path.with_stem(f"{path.stem}-width{narrow.width_factor}"),
+         {**made_by, "relus": narrow.relus, "validation_accuracy": narrow.validation_accuracy}) for narrow in result.narrower]
 
 
 def _reduced_info(info: files.NetworkInfo, result: methods.Reduced, made_by: dict[str, Any]) -> files.NetworkInfo:
@@ -187,14 +205,16 @@ def train(
     download: Download = False,
 ) -> None:
     """Train an all-ReLU network, which becomes the teacher of ReLU reduction, or go on with a network of any kind."""
+    _check_writable(out)
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     torch.manual_seed(seed)
-    origin = ""
+    origin, stage = "", None
     if start is not None:
         model, before = files.load_network(start)
         network, width, origin = before.network, before.width, digest(model)
         training, validation = _fitting(source, before, start)
+        stage = methods.going_on(model, before.made_by)
     else:
         try:
             width = width or STANDARD_WIDTH.get(network, 64)
@@ -214,7 +234,7 @@ def train(
         raise InputError(f"--fold-in {fold_in} leaves none of the {len(validation):,} validation images", "leave some to validate with")
     training, validation = training.joined(validation[:fold_in]), validation[fold_in:]
     where = run or Path("runs") / out.stem
-    score = fit(model, training, validation, recipe, where, teacher=mentor, label="train",
+    score = fit(model, training, validation, recipe, where, teacher=mentor, stage=stage, label="train",
                 settings={"network": network, "width": width, "from": origin})
     if world()[0] > 0:
         return
@@ -259,7 +279,11 @@ def reduce(
 ) -> None:
     """Reduce a network's ReLUs to at most BUDGET, or until it meets a latency on a link or a number of online bytes."""
     parent, info = _teacher(teacher)
+    _check_writable(out)
     goal = {"target_ms": target_ms, "target_bytes": target_bytes, "link": link}
+    for name in ("target_ms", "target_bytes"):
+        if goal[name] == 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0", "--budget 0 asks for no ReLU at all")
     if targets := [f"{name}={value}" for name, value in goal.items() if value is not None]:
         if method not in (None, "cost"):
             raise InputError(f"a target and --link do not go with --method {method}", "leave --method out, or pass --budget alone")
@@ -278,14 +302,10 @@ def reduce(
     result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem)
     if world()[0] > 0:
         return
-    _write(out, files.serialise_network(result.model, _reduced_info(info, result, made_by)))
-    print(f"wrote {out}: {result.relus:,} of {total:,} ReLUs, validation accuracy {result.validation_accuracy:.2%}")
-    for narrow in result.narrower:
-        path = out.with_stem(f"{out.stem}-width{narrow.width_factor}")
-        facts = {**made_by, "relus": narrow.relus, "validation_accuracy": narrow.validation_accuracy}
-        _write(path, files.serialise_network(narrow.model, _reduced_info(info, narrow, facts)))
-        print(f"wrote {path}: {narrow.relus:,} ReLUs at {narrow.width_factor} of the width, "
-              f"validation accuracy {narrow.validation_accuracy:.2%}")
+    for variant, path, facts in _variants(result, made_by, out):
+        _write(path, files.serialise_network(variant.model, _reduced_info(info, variant, facts)))
+        narrower = "" if variant is result else f" at {variant.width_factor} of the width"
+        print(f"wrote {path}: {variant.relus:,} of {total:,} ReLUs{narrower}, validation accuracy {variant.validation_accuracy:.2%}")
 
 
 @app.command()
@@ -335,27 +355,32 @@ def pareto(
         for count in counts:
             for seed in numbers:
                 stem = f"{label.replace(':', '-').replace(',', '-').replace('=', '_')}-{count}-{seed}"
-                network, facts = out / f"{stem}.safetensors", out / f"{stem}.json"
+                facts = out / f"{stem}.json"
                 recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, seed=seed)
                 settings = _settings(method, count, options, recipe, distil, sources)
-                row = _finished(facts, settings)
-                if row is None:
+                made = _finished(facts, settings)
+                if made is None:
                     try:
                         result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
                     except methods.BudgetError as error:
                         impossible.append({"label": label, "budget": count, "seed": seed, "reason": str(error)})
                         continue
-                    reduced = _reduced_info(info, result, made_by)
-                    row = {**table_row(reduced, network.name), "label": label}
+                    made = []
+                    for variant, name, found in _variants(result, made_by, out / f"{stem}.safetensors"):
+                        reduced = _reduced_info(info, variant, found)
+                        suffix = "" if variant is result else f" at {variant.width_factor} of the width"
+                        made.append({**table_row(reduced, name.name), "label": label + suffix})
+                        if first:
+                            _write(name, files.serialise_network(variant.model, reduced, 16))
                     if first:
-                        _write(network, files.serialise_network(result.model, reduced, 16))
-                        _write(facts, json.dumps(row, indent=1).encode())
+                        _write(facts, json.dumps({"rows": made}, indent=1).encode())
                 if not first:
                     continue
-                if unseen is not None and row["test_accuracy"] is None:
-                    row["test_accuracy"] = accuracy(files.load_network(network)[0], unseen)
-                    _write(facts, json.dumps(row, indent=1).encode())
-                rows.append(row)
+                for row in made:
+                    if unseen is not None and row["test_accuracy"] is None:
+                        row["test_accuracy"] = accuracy(files.load_network(out / row["file"])[0], unseen)
+                        _write(facts, json.dumps({"rows": made}, indent=1).encode())
+                rows += made
                 _report(rows, impossible, out, title, source.name == "cifar10")
     if not first:
         return
@@ -482,10 +507,12 @@ def evaluate(
     images = images[:limit] if limit else images
     try:
         model, info = files.load_network(file)
+        files.check_fits(source, images.shape, info, file)
         kind, score, relus = "float", accuracy(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
         relus = relus if info.partial else methods.count_all(model, info.input_shape)
     except files.NetworkFileError:
         loaded = _load_compiled(file)
+        files.check_fits(source, images.shape, loaded.public, file)
         images = replace(images, mean=loaded.public.mean, std=loaded.public.std)
         kind, score, relus = "fixed_point", compiler.fixed_point_accuracy(loaded, images), loaded.public.relus
     if as_json:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import secrets
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -254,13 +256,23 @@ class _Lowering:
             raise _unsupported(f"the operation {name!r}", node.name)
 
 
-def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[_Draft]:
+def _line_of(error: BaseException) -> str:
+    """The last line of an error's way that is not PyTorch's, " (file, line n)", or nothing."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__)
+           if not frame.filename.startswith((os.path.dirname(torch.__file__), os.path.dirname(__file__), "<"))]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[_Draft], tuple[int, ...]]:
+    """The network's drafts, and the shape of its output for one image."""
     tracer = _Tracer()
     try:
         traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
-        place = f"module {tracer.where!r} ({type(model.get_submodule(tracer.where)).__name__})"
-        raise CompileError(f"torch.fx cannot trace {place}: {error}; write its forward without data-dependent control flow") from error
+        kind = type(model.get_submodule(tracer.where)).__name__
+        place = f"module {tracer.where!r} ({kind})" if tracer.where else f"the network ({kind})"
+        raise CompileError(f"torch.fx cannot trace {place}: {error}{_line_of(error)}; write its forward without data-dependent "
+                           "control flow") from error
     shapes: dict[str, tuple[int, ...]] = {}
 
     class Recorder(fx.Interpreter):
@@ -271,16 +283,16 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[_Draft]:
             return result
 
     try:
-        Recorder(traced).run(torch.zeros(1, *input_shape))
+        output = Recorder(traced).run(torch.zeros(1, *input_shape))
     except Exception as error:
         raise CompileError(f"the network does not run on an input of shape {input_shape}: {error}") from error
-    return _Lowering(traced, shapes).run()
+    return _Lowering(traced, shapes).run(), tuple(output.shape[1:])
 
 
-def check(network: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Raise CompileError, naming the place, if a network could not be compiled later."""
+def check(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a network's output for one image. Raises CompileError, naming the place, if it could not be compiled later."""
     with torch.no_grad():
-        _trace(_with_partial_activations(network, input_shape), input_shape)
+        return _trace(_with_partial_activations(network, input_shape), input_shape)[1]
 
 
 def _with_partial_activations(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -309,7 +321,7 @@ def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes
     input_shape = tuple(calibration.shape[1:])
     network = _with_partial_activations(network, input_shape)
     with torch.no_grad():
-        drafts = _trace(network, input_shape)
+        drafts, _ = _trace(network, input_shape)
     nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)
     masks = {d.name: d.tensors.pop("mask").clone() for d in drafts if d.op == "activation"}
     reals = {f"{d.name}.{k}": v.detach() for d in drafts for k, v in d.tensors.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import partial_activations, replace_relus
+from model_opt.datasets import Dataset
 from model_opt.networks import build
+from protocol.errors import InputError
 
 KEY = "relucent-network"
 STEP = ".step"
@@ -78,6 +80,23 @@ def _restore(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value.float() * step.view(-1, *[1] * (value.dim() - 1))
         restored[name] = value.float() if value.dtype == torch.float16 else value
     return restored
+
+
+class Described(Protocol):
+    """A network or compiled model that says what it takes and gives."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
+def check_fits(dataset: Dataset, shape: tuple[int, ...], network: Described, path: Path) -> None:
+    """Raise InputError unless images of this shape and the data set's classes are the network's at `path`."""
+    if shape != network.input_shape or len(dataset.classes) != len(network.classes):
+        raise InputError(f"{path} takes {'x'.join(map(str, network.input_shape))} images of {len(network.classes)} classes, {dataset.name} "
+                         f"has {'x'.join(map(str, shape))} images of {len(dataset.classes)}", "pass the data that it was trained on")
 
 
 def load_network(path: Path) -> tuple[nn.Module, NetworkInfo]:

@@ -11,18 +11,29 @@ from typing import Any
 import torch
 
 from model_opt.files import NetworkInfo
+from model_opt.methods import count_all
 
-FOUND = ("command", "relus", "total", "validation_accuracy", "minutes", "hardware", "torch", "details")
-"""What `made_by` of a reduced network holds beside the settings."""
+FOUND = ("command", "relus", "total", "validation_accuracy", "validation_images", "minutes", "epochs_spent", "hardware", "torch", "details")
+"""What `made_by` holds beside the settings."""
+
+
+def _logs(folder: Path) -> list[dict[str, str]]:
+    """The rows of all logs in a run folder, one for each epoch, resumed parts included."""
+    rows: list[dict[str, str]] = []
+    for log in sorted(folder.rglob("log.csv")):
+        with log.open(newline="") as lines:
+            rows += csv.DictReader(lines)
+    return rows
 
 
 def minutes_spent(folder: Path) -> float:
-    """Minutes of training over all logs in a run folder, resumed parts included."""
-    seconds = 0.0
-    for log in folder.rglob("log.csv"):
-        with log.open(newline="") as rows:
-            seconds += sum(float(row["seconds"]) for row in csv.DictReader(rows))
-    return round(seconds / 60, 1)
+    """Minutes of training over all logs in a run folder."""
+    return round(sum(float(row["seconds"]) for row in _logs(folder)) / 60, 1)
+
+
+def epochs_spent(folder: Path) -> int:
+    """Epochs over all logs in a run folder: searches, probes and candidates count too."""
+    return len(_logs(folder))
 
 
 def describe_hardware() -> str:
@@ -38,25 +49,28 @@ def describe_hardware() -> str:
 
 
 def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
-    """A reduced network's row in tables of methods; ValueError for a network that no method reduced.
+    """A network's row in tables of methods; a teacher's too. Raises KeyError for a file of an earlier version.
 
-    Epochs and minutes include the training that went on from the reduced network (`train --from`); `later` has its settings, and
-    the validation accuracy is that of the last.
+    Epochs, minutes and hardware include the training that went on from a network (`train --from`); `later` has its settings, and the
+    validation accuracy is that of the last.
     """
     later: list[dict[str, Any]] = []
     made_by = last = info.made_by
     while "from" in made_by:
         later.insert(0, {key: value for key, value in made_by.items() if key != "from"})
         made_by = made_by["from"]
-    if made_by.get("command") != "reduce":
-        raise ValueError(f"{file} was not made by `relucent-opt reduce` or `pareto`")
-    options = made_by["options"]
-    label = made_by["method"] + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
-    return {"label": label, "method": made_by["method"], "network": info.network, "width": info.width, "relus": made_by["relus"],
-            "budget": made_by["budget"], "file": file,
-            "degree": options.get("degree", 2 if made_by["method"] in ("autorep", "cost") else 0),
-            "validation_accuracy": last["validation_accuracy"], "test_accuracy": None, "seed": made_by["seed"],
-            "epochs": sum(part["epochs"] for part in (made_by, *later)), "hardware": last["hardware"],
-            "minutes": round(sum(part["minutes"] for part in (made_by, *later)), 1), "torch": made_by["torch"],
-            "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by["details"],
+    parts = [made_by, *later]
+    if made_by["command"] == "reduce":
+        method, options = made_by["method"], made_by["options"]
+        label = method + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
+        relus, budget, degree = made_by["relus"], made_by["budget"], options.get("degree", 2 if method in ("autorep", "cost") else 0)
+    else:
+        method, label, degree = "none", "all ReLUs", None
+        relus = budget = count_all(info.build(), info.input_shape)
+    return {"label": label, "method": method, "network": info.network, "width": info.width, "relus": relus, "budget": budget, "file": file,
+            "degree": degree, "validation_accuracy": last["validation_accuracy"], "test_accuracy": None, "seed": made_by["seed"],
+            "epochs": sum(part.get("epochs_spent", part["epochs"]) for part in parts),
+            "hardware": " and ".join(dict.fromkeys(part["hardware"] for part in parts)),
+            "minutes": round(sum(part["minutes"] for part in parts), 1), "torch": made_by.get("torch", ""),
+            "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by.get("details", {}),
             **({"later": later} if later else {})}

@@ -43,6 +43,12 @@ class TrainingError(Exception):
     """Training cannot start or go on. The message says why and what is kept."""
 
 
+class TrainingFailure(TrainingError):
+    """Not the user's mistake: memory or disk ran out, or the loss is no number."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of one run; a checkpoint resumes only under the same ones.
@@ -273,10 +279,10 @@ def _shortages(folder: Path, batch: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"cannot write to {folder}: {error.strerror}; {_kept(folder)}") from error
+        raise TrainingFailure(f"cannot write to {folder}: {error.strerror}; {_kept(folder)}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
-            raise TrainingError(f"out of memory at a batch of {batch} images; use a smaller --batch; {_kept(folder)}") from error
+            raise TrainingFailure(f"out of memory at a batch of {batch} images; use a smaller --batch; {_kept(folder)}") from error
         raise
 
 
@@ -292,12 +298,13 @@ def _keep_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-def _check_disk(folder: Path, model: nn.Module) -> None:
+def _check_disk(folder: Path, model: nn.Module, averaged: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # two checkpoints: weights and momentum
+    # two checkpoints: weights, momentum and perhaps an average
+    needed = (6 if averaged else 4) * sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise TrainingError(f"{folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB; choose another --run")
+        raise TrainingFailure(f"{folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB; choose another --run")
 
 
 def _optimiser(model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.SGD:
@@ -338,7 +345,7 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
 def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folder: Path, teacher: nn.Module | None,
          stage: Stage, label: str, settings: dict[str, Any]) -> float:
     where, (rank, processes) = device(), world()
-    _check_disk(folder, model)
+    _check_disk(folder, model, recipe.ema > 0)
     if where.type == "cpu":
         _keep_memory()
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -389,7 +396,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                 loss.backward()
                 value, norm = float(loss.detach()), float(nn.utils.clip_grad_norm_(clipped, recipe.clip))
                 if not (math.isfinite(value) and math.isfinite(norm)):
-                    raise TrainingError(f"loss {value}, gradient norm {norm} at step {step}; {_kept(folder)}; try a lower --lr")
+                    raise TrainingFailure(f"loss {value}, gradient norm {norm} at step {step}; {_kept(folder)}; try a lower --lr")
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorate a command: errors of ours, and those of the types `also`, end it with a line on stderr.
 
-    Exit code 2 for the user's own input, 1 for everything else.
+    Exit code 2 for the user's own input, 1 for everything else; those of the types `also` are input unless they have an `exit_code`.
     """
 
     def decorate(command: Callable[P, None]) -> Callable[P, None]:
@@ -26,7 +26,7 @@ def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P,
             except RelucentError as error:
                 fail(program, str(error), error.hint, 2 if isinstance(error, InputError) else 1)
             except also as error:
-                fail(program, str(error), getattr(error, "hint", ""), 2)
+                fail(program, str(error), getattr(error, "hint", ""), getattr(error, "exit_code", 2))
             except KeyboardInterrupt:
                 fail(program, "interrupted", "", 130)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,9 @@ REFUSED = {
     "does not divide": nn.Sequential(nn.AdaptiveAvgPool2d(3)),
     "put a Flatten": nn.Sequential(nn.Linear(8, 2)),
     "start_dim": nn.Sequential(nn.Flatten(0)),
-    "cannot trace": Branching(),
+    "cannot trace the network (Branching)": Branching(),
+    f"{Path(__file__).name}, line ": Branching(),
+    "cannot trace module '1' (Branching)": nn.Sequential(nn.Conv2d(3, 3, 1), Branching()),
     "does not run": nn.Sequential(nn.Conv2d(5, 3, 1)),
     "called more than once": Twice(),
 }

@@ -286,6 +286,15 @@ def test_other_processes_read_what_the_first_chose(teacher: nn.Module, tmp_path:
     writing.join()
 
 
+def test_other_processes_learn_that_there_is_no_choice(teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, options = Task(teacher, 150, TRAIN, VALIDATION, SHORT, tmp_path), cost.Options(target_bytes=1000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(BudgetError, match="raise target_bytes"):
+            decide(task, options)
+
+
 def test_the_command_refuses_targets_beside_another_method(tmp_path: Path) -> None:
     from tests.test_programs import mistake, program
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus
 from model_opt.compiler import CompileError, compile_model
 from model_opt.files import load_network, serialise_network
-from model_opt.methods import BudgetError, Reduced, Task, check_budget, make_options, reduce
+from model_opt.methods import BudgetError, Reduced, Task, check_budget, going_on, make_options, reduce
 from model_opt.methods.autorep import AutoRep, Options
 from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
@@ -185,6 +185,51 @@ def test_networks_that_would_not_compile_are_not_trained(branches: bool, reason:
     with pytest.raises(CompileError, match=reason):
         reduce(Own(branches), budget=100, data=(TRAIN, VALIDATION), folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_do_not_fit_the_data_are_not_trained(teacher: nn.Module, tmp_path: Path) -> None:
+    fewer = replace(TRAIN, labels=TRAIN.labels % 10), replace(VALIDATION, labels=VALIDATION.labels + 5)
+    small_images = [replace(split, images=split.images[:, :, :8, :8]) for split in (TRAIN, VALIDATION)]
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+    for model, data, budget, reason in (
+            (teacher, fewer, 10, "gives 10 numbers for an image, the data has 1[1-5] classes"),
+            (flat, small_images, 10, "does not run on an input of shape"),
+            (flat[:2], (TRAIN, VALIDATION), 10, "gives 4x16x16 numbers"),
+            (replace_relus(build("resnet18", 4), (3, 32, 32)), (TRAIN, VALIDATION), 10, "reduced already"),
+            (teacher, (TRAIN, VALIDATION), 12.5, "whole number"), (teacher, (TRAIN, VALIDATION), "12900", "whole number")):
+        with pytest.raises((BudgetError, CompileError), match=reason):
+            reduce(model, budget=budget, data=data, folder=tmp_path / "none")  # type: ignore[arg-type]
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("method", ["senet", "deepreduce", "snl", "autorep"])
+def test_a_network_without_convolutions(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Flatten(), nn.Linear(3072, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10))
+    result = reduce(own, method=method, budget=12, data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path)
+    assert 0 < result.relus <= 12
+
+
+def test_an_impossible_budget_is_told_before_any_probe(teacher: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="no combination of culling, thinning and reshaping has at most 1 ReLUs"):
+        run(teacher, "deepreduce", tmp_path / "none", budget=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_going_on_keeps_the_rules_of_the_reduction() -> None:
+    made_by = {"command": "reduce", "method": "autorep",
+               "options": {"c2": "channel", "scale_x2": 2.0, "clip_x2": 0.01, "range_penalty": 0.0}}
+    network = small()
+    (layer,) = partial_activations(network).values()
+    layer.per_channel_c2()
+    stage = going_on(network, {"command": "train", "from": made_by})
+    assert layer.c2 is not None and layer.range_penalty == 0
+    layer.c2.data.fill_(0.5)
+    stage.after_step(0.1)
+    assert torch.allclose(layer.c2.detach(), torch.tensor(0.02))  # the factor is folded in
+    going_on(network, {"command": "reduce", "method": "autorep", "options": {"frozen": True}})
+    assert not any(parameter.requires_grad for parameter in (layer.c2, layer.c1, layer.c0))
+    assert going_on(small(), {"command": "train"}).status() == {}
 
 
 def test_budget_zero(teacher: nn.Module, tmp_path: Path) -> None:
@@ -525,6 +570,19 @@ INEFFECTIVE: dict[str, dict[str, Any]] = {
     "unknown init": {"init": "zero"},
     "must not be negative": {"refresh": -1},
 }
+
+
+IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
+    ("autorep", {"threshold": float("nan")}), ("autorep", {"indicator_lr": 0.0}), ("snl", {"alpha_lr": -1.0}), ("snl", {"tune_lr": -1.0}),
+    ("snl", {"growth": float("inf")}), ("senet", {"beta": float("nan")}), ("senet", {"tune_lr": 0.0}), ("cost", {"freeze": 2.0}),
+    ("cost", {"target_ms": float("nan")}), ("cost", {"target_bytes": -1})]
+
+
+@pytest.mark.parametrize(("method", "options"), IMPOSSIBLE)
+def test_values_that_cannot_work_are_refused_before_hours_of_training(method: str, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must"):
+        make_options(method, options)
 
 
 @pytest.mark.parametrize("reason", INEFFECTIVE)

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from model_opt import compiler
+from model_opt.activation import partial_activations
 from model_opt.data import Split
 from model_opt.datasets import Dataset
 from model_opt.methods import autorep, cost, deepreduce, senet, snl
 from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, count_all
-from model_opt.training import Recipe
+from model_opt.training import Recipe, Stage
 
 METHODS: dict[str, tuple[type[Any], Callable[[Task, Any], Reduced]]] = {
     "autorep": (autorep.Options, autorep.reduce),
@@ -54,10 +55,29 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     """
     chosen = make_options(method, options)
     train, validation = data.load_train() if isinstance(data, Dataset) else data
+    if partial_activations(model):
+        raise BudgetError("the network is reduced already; pass the all-ReLU network")
+    outputs = compiler.check(model, train.shape)
     check_budget(budget, count_all(model, train.shape))
-    compiler.check(model, train.shape)
+    classes = len(data.classes) if isinstance(data, Dataset) else 1 + int(max(train.labels.max(), validation.labels.max()))
+    if len(outputs) != 1 or classes > outputs[0] or (isinstance(data, Dataset) and classes != outputs[0]):
+        raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
+                          "pass the data that it was trained on")
     task = Task(model, budget, train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
     return METHODS[method][1](task, chosen)
 
 
-__all__ = ["METHODS", "BudgetError", "Reduced", "Task", "check_budget", "count_all", "make_options", "reduce"]
+def going_on(network: nn.Module, made_by: dict[str, Any]) -> Stage:
+    """Put a loaded network back under the rules of the method that reduced it; the stage holds those of every step.
+
+    Args:
+        made_by: as in its file; what came after the reduction may be around it.
+    """
+    while "from" in made_by:
+        made_by = made_by["from"]
+    if made_by.get("method") != "autorep":
+        return Stage()
+    return autorep.going_on(network, autorep.Options(**made_by["options"]))
+
+
+__all__ = ["METHODS", "BudgetError", "Reduced", "Task", "check_budget", "count_all", "going_on", "make_options", "reduce"]

@@ -14,15 +14,15 @@ The options' published values together are the published method but for its opti
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from model_opt.activation import IDENTITY, LINEAR, RANGE_PENALTY, RELU, SQUARE, PartialActivation, fit_polynomials, partial_activations
-from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, check_granularity, keep_largest, set_gates
-from model_opt.training import fit
+from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, check_granularity, check_values, keep_largest, set_gates
+from model_opt.training import Stage, fit
 
 FIT_IMAGES = 2000
 REFRESH_EVERY = 10
@@ -68,11 +68,10 @@ class Options:
             raise ValueError(f"c2 must be layer or channel, got {self.c2!r}")
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
-        if not 0 < self.freeze <= 1 or self.indicator_lr <= 0:
-            raise ValueError("freeze must lie in (0, 1], indicator_lr must be positive")
-        for name in ("threshold", "penalty", "damping", "clip_x2", "refresh", "range_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
+        if not 0 < self.freeze <= 1:
+            raise ValueError(f"freeze must lie in (0, 1], got {self.freeze}")
+        check_values(self, positive=("indicator_lr", "scale_x2"),
+                     not_negative=("threshold", "penalty", "damping", "clip_x2", "refresh", "range_penalty"))
         check_granularity(self.granularity)
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         for holds, condition, names in (
@@ -155,6 +154,26 @@ def clip(layers: Iterable[PartialActivation], options: Options) -> None:
     for layer in layers:
         if options.clip_x2 and layer.c2 is not None:
             layer.c2.clamp_(-options.clip_x2, options.clip_x2)
+
+
+class _Clipping(Stage):
+    """Holds c2 within the options' clip_x2 after every step."""
+
+    def __init__(self, layers: Collection[PartialActivation], options: Options) -> None:
+        self.layers, self.options = layers, options
+
+    def after_step(self, progress: float) -> None:
+        clip(self.layers, self.options)
+
+
+def going_on(network: nn.Module, options: Options) -> Stage:
+    """The options' rules for a network whose masks are fixed: range penalty, frozen coefficients, and clipping by the stage."""
+    layers = partial_activations(network).values()
+    for layer in layers:
+        layer.range_penalty = options.range_penalty
+        if options.frozen or options.degree == 0:
+            layer.freeze()
+    return _Clipping(layers, replace(options, clip_x2=options.clip_x2 * options.scale_x2))  # the factor is folded in
 
 
 def fit_coefficients(model: nn.Module, task: Task, options: Options) -> None:

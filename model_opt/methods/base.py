@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,19 @@ def count_all(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 
 def check_budget(budget: int, total: int) -> None:
-    """Raise BudgetError unless 0 <= budget <= total."""
-    if not budget >= 0:  # or NaN
-        raise BudgetError(f"the budget must not be negative, got {budget:,}")
+    """Raise BudgetError unless the budget is a whole number of ReLUs, 0 <= budget <= total."""
+    if not isinstance(budget, Integral) or budget < 0:
+        raise BudgetError(f"the budget must be a whole number of ReLUs and not negative, got {budget!r}")
     if budget > total:
         raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}")
+
+
+def check_values(options: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raise BudgetError unless the options of these names are finite numbers above zero, or not below it."""
+    for name in (*positive, *not_negative):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and name in not_negative))):
+            raise BudgetError(f"{name} must {'not be negative' if name in not_negative else 'be positive'}, got {value}")
 
 
 def check_granularity(granularity: str) -> None:

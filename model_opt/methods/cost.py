@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from model_opt.activation import LINEAR, RELU, SQUARE, PartialActivation, fit_po
 from model_opt.compiler import compile_model
 from model_opt.data import Split
 from model_opt.methods import autorep
-from model_opt.methods.base import BudgetError, Reduced, Task, keep_largest
+from model_opt.methods.base import BudgetError, Reduced, Task, check_values, keep_largest
 from model_opt.training import TrainingError, device, distillation_loss, fit, world, write_atomically
 from protocol import ring
 from protocol.inference import preprocess, run_online
@@ -64,12 +65,16 @@ class Options:
     def __post_init__(self) -> None:
         if self.link not in LINKS:
             raise ValueError(f"unknown link {self.link!r}; known: {', '.join(LINKS)}")
-        if self.target_ms < 0 or self.target_bytes < 0:
-            raise ValueError(f"a target must not be negative, got {min(self.target_ms, self.target_bytes)}")
+        check_values(self, not_negative=("target_ms", "target_bytes"))
         if self.target_ms and self.target_bytes:
             raise ValueError("target_ms and target_bytes exclude each other; give one of them")
         if self.link != "loopback" and not self.target_ms:
             raise ValueError("link needs target_ms; bytes are the same on every link")
+        self.autorep(2)
+
+    def autorep(self, degree: int) -> autorep.Options:
+        """Of the choice of ReLUs."""
+        return autorep.Options(degree=degree, indicator_lr=self.indicator_lr, freeze=self.freeze)
 
     @property
     def target(self) -> float:
@@ -257,22 +262,30 @@ def decide(task: Task, options: Options) -> Choice:
     """
     path, settings = task.folder / "choice.json", task.settings(options)
     if world()[0] == 0 and not path.exists():
-        choice = choose(task, measure(task, options), options.target)
         try:
-            write_atomically(path, json.dumps({"settings": settings, **asdict(choice)}, indent=1).encode())
+            found: dict[str, Any] = asdict(choose(task, measure(task, options), options.target))
+        except BudgetError as error:
+            if world()[1] == 1:
+                raise
+            # the other processes wait for the file
+            found = {"impossible": str(error)}
+        try:
+            write_atomically(path, json.dumps({"settings": settings, **found}, indent=1).encode())
         except OSError as error:
             raise TrainingError(f"cannot write {path}: {error.strerror}") from error
     while not path.exists():
         time.sleep(0.2)
     try:
         kept = json.loads(path.read_bytes())
-        before = kept.pop("settings")
-        choice = Choice(**{**kept, "cost": CostModel(**kept["cost"])})
+        before, impossible = kept.pop("settings"), kept.get("impossible")
+        choice = None if impossible else Choice(**{**kept, "cost": CostModel(**kept["cost"])})
         changed = sorted(k for k in {*settings, *before} if settings.get(k) != before.get(k))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{path} cannot be read ({type(error).__name__}); delete it to start anew") from error
     if changed:
         raise TrainingError(f"{path} was made with other settings ({', '.join(changed)}); use another folder or the same settings")
+    if choice is None:
+        raise BudgetError(str(impossible))
     return choice
 
 
@@ -306,7 +319,7 @@ def reduce(task: Task, options: Options) -> Reduced:
     cost = choice.cost
     student = task.student()
     # where the target pays for no pixel beyond the ReLUs, a ReLU that goes becomes a line at once
-    inner = autorep.Options(degree=2 if choice.active > choice.relus else 1, indicator_lr=options.indicator_lr, freeze=options.freeze)
+    inner = options.autorep(2 if choice.active > choice.relus else 1)
     autorep.prepare(student, task, inner, choice.dropped)
     layers = partial_activations(student)
     stage = Reduction(student, choice, inner, task.recipe.seed, task.train[:SCORE_IMAGES]) if len(layers) > len(choice.dropped) else None

@@ -102,7 +102,7 @@ def candidates(task: Task, order: list[int]) -> list[tuple[int, Shape]]:
     """
     reshapings = list(product((1.0, 0.5), (1, 2))) if task.rebuild is not None else [(1.0, 1)]
     points = [Shape(tuple(sorted(order[cut:])), thinned, width, stride)
-              for cut in range(1, len(order)) for thinned in (False, True) for width, stride in reshapings]
+              for cut in range(len(order)) for thinned in (False, True) for width, stride in reshapings]
     counted: dict[int, Shape] = {}
     for point in sorted(points, key=lambda point: (point.thinned, point.stride, -point.width_factor)):
         count = count_relus(shaped(task, point))
@@ -122,11 +122,13 @@ def pareto_set(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def reduce(task: Task, options: Options) -> Reduced:
     """DeepReDuce on the task's teacher; the Pareto set goes to `pareto.json` in the run folder too. Raises BudgetError, TrainingError."""
+    if not any(candidates(task, [stage]) for stage in range(len(stages(task.teacher, task.shape)))):
+        raise BudgetError(f"no combination of culling, thinning and reshaping has at most {task.budget:,} ReLUs; raise the budget")
     critical = criticality(task, options)
     order = sorted(critical, key=lambda stage: critical[stage])
     found = candidates(task, order)
     if not found:
-        raise BudgetError(f"no combination of culling, thinning and reshaping has at most {task.budget:,} ReLUs; raise the budget")
+        raise BudgetError(f"no combination that keeps the most critical stage has at most {task.budget:,} ReLUs; raise the budget")
     tried: list[tuple[float, int, Shape, nn.Module]] = []
     for count, point in found[: options.candidates]:
         network = shaped(task, point)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, RELU, partial_activations
-from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, check_granularity, split_epochs
+from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, check_granularity, check_values, split_epochs
 from model_opt.methods.features import Recorder, stages, weights_before
 from model_opt.methods.slimmable import Slimming, check_slimmable, extract, make_slimmable
 from model_opt.training import NORM_IMAGES, Stage, fit
@@ -50,6 +50,7 @@ class Options:
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
         if self.prune + self.search >= 1:
             raise ValueError(f"prune and search leave no epochs for stage 3: {self.prune} and {self.search}")
+        check_values(self, positive=("tune_lr",), not_negative=("gamma", "alpha", "beta"))
 
 
 def allocate(budget: int, sensitivity: Sequence[float], sizes: Sequence[int]) -> list[int]:
@@ -234,7 +235,8 @@ def reduce(task: Task, options: Options) -> Reduced:
         stage=Mismatch(student, counts, options.granularity, recipe.seed), label="senet search", settings=task.settings(options))
     tuning = replace(recipe, epochs=tune, lr=recipe.lr * options.tune_lr, hard_weight=options.gamma, soft_weight=options.alpha)
     images = {name for name, layer in partial_activations(student).items() if layer.mask.dim() == 3}
-    stage: Stage = Pram([names[-1] for names in stages(student, task.shape) if names[-1] in images], options.beta)
+    ends = [names[-1] for names in stages(student, task.shape) if names[-1] in images]
+    stage = Pram(ends, options.beta) if ends else Stage()  # a network of linear layers only has no attention maps
     if options.widths:
         make_slimmable(student, options.widths)
         stage = Slimming(stage, options.widths, recipe.temperature)

@@ -10,6 +10,7 @@ when stage 1 ends, the largest alphas stay ReLUs, as many as the budget allows, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, RELU
-from model_opt.methods.base import GateStage, Reduced, Task, check_granularity, keep_largest, set_gates, split_epochs
+from model_opt.methods.base import GateStage, Reduced, Task, check_granularity, check_values, keep_largest, set_gates, split_epochs
 from model_opt.training import fit
 
 CHECKS = 100
@@ -43,9 +44,9 @@ class Options:
         check_granularity(self.granularity)
         if not 0 < self.search < 1:
             raise ValueError(f"search must lie in (0, 1), got {self.search}")
-        if not (self.penalty > 0 and self.growth >= 1 and self.threshold >= 0):
-            raise ValueError(f"penalty must be above 0, growth at least 1 and threshold not negative, got {self.penalty}, {self.growth} "
-                             f"and {self.threshold}")
+        if not 1 <= self.growth < math.inf:
+            raise ValueError(f"growth must be at least 1, got {self.growth}")
+        check_values(self, positive=("penalty", "alpha_lr", "tune_lr"), not_negative=("threshold",))
 
 
 class Snl(GateStage):
