@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
@@ -25,6 +26,9 @@ def cores() -> int:
     return torch.get_num_threads()
 
 
+_making = threading.Lock()
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """A thread for each core, tied to it if these are all cores that the process may use."""
@@ -35,7 +39,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)  # within a part
         torch.get_num_threads()  # the first call in a thread takes the number that was set last
         if len(allowed) == threads:
-            os.sched_setaffinity(threading.get_native_id(), {allowed[next(numbers)]})
+            with suppress(OSError):  # not allowed here: the kernel places the thread
+                os.sched_setaffinity(threading.get_native_id(), {allowed[next(numbers)]})
 
     pool = ThreadPoolExecutor(threads, "parts", start)
     for _ in pool.map(lambda _: together.wait(), range(threads)):
@@ -50,5 +55,11 @@ def run(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
         for part in parts:
             work(part)
         return
-    for _ in _pool(cores()).map(work, parts):
+    with _making:
+        pool = _pool(cores())
+    for _ in pool.map(work, parts):
         pass
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

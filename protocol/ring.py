@@ -103,6 +103,8 @@ DIGITS, DIGIT_BITS = 8, 8
 DIGIT_MIN_WEIGHTS = 1 << 15
 """Below this many weights splitting x costs more than 8-bit products save (measured on two cores)."""
 DIGIT_CHUNK_BYTES = 6 << 20
+DIGITS_PAY = torch.cpu._is_vnni_supported()
+"""Whether the processor multiplies vectors of 8-bit numbers (AVX-512 VNNI); without it PyTorch's 8-bit matrix product is a slow loop."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +125,7 @@ class DigitWeight:
 def digit_weight(quantised: Tensor, step: Tensor) -> DigitWeight | None:
     """A kernel int8 (O, C, kh, kw) times step (O,), or None where digits are not exact or not faster."""
     count = quantised[0].numel()
-    if quantised.numel() < DIGIT_MIN_WEIGHTS or count * 2 ** (2 * DIGIT_BITS - 2) >= 1 << 31:
+    if not DIGITS_PAY or quantised.numel() < DIGIT_MIN_WEIGHTS or count * 2 ** (2 * DIGIT_BITS - 2) >= 1 << 31:
         return None
     outputs, channels, rows, columns = quantised.shape
     matrix = quantised.permute(2, 3, 1, 0).reshape(count, outputs).contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model_opt.activation import partial_activations, replace_relus
 from model_opt.compiler import compile_model
 from protocol import relucent_pb2_grpc as rpc
+from protocol import ring
 from protocol.model import Model, save
 from protocol.tls import Identity
 from protocol.transport import connect
@@ -26,6 +27,13 @@ from server.state import State
 from server.stock import Stock
 from tests.services import PLAINTEXT, SHAPE, Serve, Services, start
 from tests.site import Site
+
+
+@pytest.fixture
+def digits_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that multiplies vectors of 8-bit numbers, whatever this one is."""
+    monkeypatch.setattr(ring, "DIGITS_PAY", True)
+
 
 CLASSES = tuple("abcdefghij")
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import random_model
 from benchmarks.sweep import AES_PER_RELU_BIT
-from protocol import dcf, ring
+from protocol import dcf, parallel, ring
 from protocol.inference import preprocess, run_online
 from protocol.model import Model
 from protocol.plan import make_plan
@@ -73,8 +73,9 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def test_copies_of_large_tensors(model: Model) -> None:
+def test_copies_of_large_tensors(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Online, both parties: nothing of a layer's size is copied but what mixes ReLUs into squares, and the windows of 8-bit kernels."""
+    monkeypatch.setattr(parallel, "cores", lambda: 1)  # all parts in the counted threads, none smaller than a layer
     plan = make_plan(model.public, 1)
     client, server, _ = preprocess(model, 1)
     graph = server_graph(model)

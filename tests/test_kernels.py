@@ -49,6 +49,7 @@ def test_both_parts_of_the_squares(batch: int, pixels: int, bits: int, factors: 
     assert torch.equal(client, ring.truncate_local((y + second * d) * by, bits, Party.CLIENT) - third)
 
 
+@pytest.mark.usefixtures("digits_pay")
 def test_a_convolution_joins_what_it_is_added_to() -> None:
     how = ring.Convolution((1, 1), (1, 1), (1, 1), 1)
     digits = ring.digit_weight(torch.ones(64, 64, 3, 3, dtype=torch.int8), torch.ones(64))

@@ -50,6 +50,7 @@ def test_limbs_equal_int64_at_the_edges() -> None:
     assert torch.equal(ring.map_in_limbs(x, limbs, conv), conv(x, w))
 
 
+@pytest.mark.usefixtures("digits_pay")
 @pytest.mark.parametrize(("kernel", "stride", "padding", "batch"), [(3, 1, 1, 1), (3, 2, 1, 3), (1, 2, 0, 2), (5, 1, 2, 1)])
 def test_digits_equal_int64_at_the_edges(kernel: int, stride: int, padding: int, batch: int) -> None:
     """Random ring elements, and those whose digits carry: all bytes 0x7f, 0x80 and 0xff."""
@@ -68,6 +69,7 @@ def test_digits_equal_int64_at_the_edges(kernel: int, stride: int, padding: int,
     assert torch.equal(ring.convolve_in_digits(x, digits, how), how(x, weight))
 
 
+@pytest.mark.usefixtures("digits_pay")
 @pytest.mark.parametrize("cores", [1, 3, 64])
 @pytest.mark.parametrize("chunk", [1, 100_000, 1 << 30])
 def test_blocks_of_a_convolution_cover_it(monkeypatch: pytest.MonkeyPatch, cores: int, chunk: int) -> None:
@@ -98,9 +100,11 @@ def test_a_part_that_fails_is_told() -> None:
     assert parallel.cores() == torch.get_num_threads()
 
 
-def test_digits_are_refused_where_they_would_not_pay_or_not_fit() -> None:
+def test_digits_are_refused_where_they_would_not_pay_or_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ring.digit_weight(torch.ones(4, 4, 3, 3, dtype=torch.int8), torch.ones(4)) is None
     assert ring.digit_weight(torch.ones(1, 1 << 17, 1, 1, dtype=torch.int8), torch.ones(1)) is None
+    monkeypatch.setattr(ring, "DIGITS_PAY", False)
+    assert ring.digit_weight(torch.ones(128, 64, 3, 3, dtype=torch.int8), torch.ones(128)) is None
 
 
 def test_limbs_are_refused_where_they_would_round() -> None:
