@@ -14,20 +14,23 @@ from benchmarks.processes import environment, serving
 from client import Client
 from model_opt.data import normalise
 from model_opt.datasets import open_dataset
-from model_opt.files import load_network
+from model_opt.files import check_fits, load_network
 from protocol.inference import normalise_images
 from protocol.model import load
 from protocol.simulation import simulate
 
 
-def measure_accuracy(model: Path, network: Path | None, data: Path, images: int, batch: int) -> dict[str, Any]:
+def measure_accuracy(model: Path, network: Path | None, data: Path, images: int, batch: int, dataset: str = "auto") -> dict[str, Any]:
     """Figures over the first `images` test images; private inference runs in real dealer and server processes.
 
     Args:
-        network: float network to compare with; None for the compiled file's own weights in float32.
+        network: float network to compare with; None for the compiled file's own weights in float32. dataset: as in `open_dataset`.
     """
+    facts = environment()
     loaded = load(model)
-    test = open_dataset(data).load_test()
+    source = open_dataset(data, dataset)
+    test = source.load_test()
+    check_fits(source, test.shape, loaded.public, model)
     pixels, labels = test.images[:images], test.labels[:images]
     if network is not None:
         trained, info = load_network(network)
@@ -52,4 +55,4 @@ def measure_accuracy(model: Path, network: Path | None, data: Path, images: int,
             **{f"{name}_accuracy": share(top, labels) for name, top in tops.items()},
             "private_float_agreement": share(tops["private"], tops["float"]),
             "private_fixed_point_agreement": share(tops["private"], tops["fixed_point"]),
-            "max_abs_error": float((logits["private"] - logits["fixed_point"]).abs().max()), **environment()}
+            "max_abs_error": float((logits["private"] - logits["fixed_point"]).abs().max()), **facts}

@@ -22,7 +22,7 @@ from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
 from benchmarks.report import load_results, make_report
 from benchmarks.sweep import points, run_sweep
-from model_opt.datasets import DataError
+from model_opt.datasets import DATASETS, DataError
 from model_opt.files import NetworkFileError
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
@@ -31,6 +31,7 @@ from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Measure private inference.")
+DatasetName = Annotated[str, typer.Option("--dataset", help=f"auto, {', '.join(DATASETS)}.")]
 
 
 @app.callback()
@@ -115,13 +116,14 @@ def demo(
 def accuracy(
     model: Annotated[Path, typer.Option(help="Compiled CIFAR-10 model.")] = MODEL,
     network: Annotated[Path | None, typer.Option(help="The float network it was compiled from; else the file's own weights.")] = None,
-    data: Annotated[Path, typer.Option(help="Folder that holds cifar-10-batches-bin/.")] = Path("data"),
-    images: Annotated[int, typer.Option(help="Test images, from the first.", min=1, max=10_000)] = 1000,
+    data: Annotated[Path, typer.Option(help="Folder that holds the data set in its official layout.")] = Path("data"),
+    dataset: DatasetName = "auto",
+    images: Annotated[int, typer.Option(help="Test images, from the first.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Float, fixed-point and private accuracy and their agreement, private in three real processes."""
-    result = measure_accuracy(model, network, data, images, batch)
+    result = measure_accuracy(model, network, data, images, batch, dataset)
     if as_json:
         print(json.dumps(result))
     else:
@@ -136,6 +138,13 @@ def _numbers(text: str, what: str, words: dict[str, int | None] | None = None) -
         return [(words or {})[part] if part in (words or {}) else int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{what} {text!r} is no list of numbers", "separate them with commas") from error
+
+
+def _counts(text: str, what: str) -> list[int]:
+    counts = [n or 0 for n in _numbers(text, what)]
+    if min(counts) < 1:
+        raise InputError(f"{what} {text!r} has a number below 1", "count from 1")
+    return counts
 
 
 def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
@@ -180,9 +189,9 @@ def sweep(
     with Status("starting", console=Console(stderr=True)) as status:
         try:
             shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
-            result = run_sweep(points(networks.split(","), [n for n in _numbers(widths, "--widths") if n],
+            result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
-                                      [n for n in _numbers(batches, "--batches") if n], names), runs, status.update)
+                                      _counts(batches, "--batches"), names), runs, status.update, lambda result: _write_json(out, result))
         except ValueError as error:
             raise InputError(str(error)) from error
     _store(result, out, as_json)
@@ -192,7 +201,7 @@ def sweep(
 @exit_on_error("relucent-bench")
 def peers(
     names: Annotated[str, typer.Option("--peers", help=f"Of {', '.join(PEERS)}.")] = ",".join(PEERS),
-    width: Annotated[int, typer.Option(help="Width of the random ResNet-18.")] = 64,
+    width: Annotated[int, typer.Option(help="Width of the random ResNet-18.", min=1)] = 64,
     relus: Annotated[int, typer.Option(help="Its ReLUs; squares elsewhere.", min=0)] = 12900,
     model: Annotated[Path | None, typer.Option(help="Compiled model instead.")] = None,
     runs: Annotated[int, typer.Option(help="Measured runs of each; one more warms up.", min=1)] = 3,
@@ -200,8 +209,13 @@ def peers(
     as_json: AsJson = False,
 ) -> None:
     """Ours beside other engines, one after another on this machine; each is installed into an environment of its own."""
+    if unknown := [n for n in names.split(",") if n not in PEERS]:
+        raise InputError(f"there is no peer {unknown[0]!r}", f"known are {', '.join(PEERS)}")
     with Status("making the network", console=Console(stderr=True)) as status:
-        loaded = load(model) if model is not None else random_model("resnet18", width, relus)
+        try:
+            loaded = load(model) if model is not None else random_model("resnet18", width, relus)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         network = ("resnet18", width) if model is None else (model.stem, 0)
         result = run_side_by_side(loaded, *network, names.split(","), runs, status.update)
     _store(result, out, as_json)
@@ -219,27 +233,28 @@ def load_test(
 ) -> None:
     """Throughput and latency with many clients at once, preprocessing included."""
     with Status("starting", console=Console(stderr=True)) as status:
-        result = measure_load(model, [n for n in _numbers(clients, "--clients") if n], seconds, processes, status.update)
+        result = measure_load(model, _counts(clients, "--clients"), seconds, processes, status.update)
     _store(result, out, as_json)
 
 
 @app.command()
 @exit_on_error("relucent-bench", DataError, NetworkFileError)
 def methods(
-    networks: Annotated[list[Path], typer.Argument(help="Folders of `relucent-opt pareto`, and reduced networks.")],
+    networks: Annotated[list[Path], typer.Argument(help="Folders of `relucent-opt pareto`, and networks of `reduce` and `train`.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set; its test images are classified.")] = Path("data"),
+    dataset: DatasetName = "auto",
     images: Annotated[int, typer.Option(help="Test images that are classified privately.", min=1)] = 1000,
     runs: Annotated[int, typer.Option(help="Measured runs of the latency; one more warms up.", min=1)] = 15,
-    out: Annotated[Path, typer.Option(help="Where to store the JSON; rows that it holds already are not measured again.")] =
+    out: Annotated[Path, typer.Option(help="Where to store the JSON. Rows that it holds already stay, and are not measured again.")] =
     RESULTS / "methods.json",
     as_json: AsJson = False,
 ) -> None:
-    """Each reduced network as it would be served: float, fixed-point and private accuracy, latency, bytes."""
+    """Each network as it would be served: float, fixed-point and private accuracy, latency, bytes."""
     before = load_results(out.parent, out.stem) or {"rows": []}
     with Status("starting", console=Console(stderr=True)) as status:
-        result = measure_methods(networks, data, images, runs, before["rows"], status.update,
-                                 lambda rows: _write_json(out, {"rows": rows}))
-    _store(result, out, as_json)
+        rows = measure_methods(networks, data, images, runs, before["rows"], status.update, lambda rows: _write_json(out, {"rows": rows}),
+                               dataset)
+    _store({"rows": rows}, out, as_json)
 
 
 @app.command()

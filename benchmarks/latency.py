@@ -64,8 +64,8 @@ def measure_plaintext(model: Model, images: np.ndarray[Any, Any], runs: int) -> 
 def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Where the time went, over runs: median milliseconds of one stream by kind for each party, and by layer at the server.
 
-    Both parties' laps of a layer share its name, and the server's waiting in it splits: "client" is what the client worked meanwhile, at
-    most the whole wait; "link" is the rest, that is gRPC, serialisation and the way. "coverage" is a party's sum over the wall time that
+    Both parties' laps of a layer share its name, and the server's waiting in it splits into "link", that is gRPC, serialisation and the
+    way, and "client", what the client worked meanwhile; see `_split_layer`. "coverage" is a party's sum over the wall time that
     the client measured.
     """
 
@@ -86,12 +86,21 @@ def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _split_layer(client: dict[str, Any], server: dict[str, Any], streams: int) -> dict[str, float]:
+    """Milliseconds of a layer at the server by kind, its waiting split.
+
+    From the server's message to the answer pass the way there, the client's work and the way back; the server works meanwhile, then
+    waits. Both ways take alike: what they take together is wait + own work - client's work, and of the way there only what the server's own
+    work does not cover is waited for.
+    """
     if client["layer"] != server["layer"]:
         raise PeerError("the two parties' timelines do not fit")
     worked = sum(ms for kind, ms in client.items() if kind not in ("layer", "wait", "setup"))
     wait = server.get("wait", 0.0)
-    parts = {kind: server.get(kind, 0.0) for kind in KINDS if kind != "wait"} | {"client": min(wait, worked)}
-    return {kind: ms / streams for kind, ms in (parts | {"link": wait - parts["client"]}).items()}
+    own = server.get("squares", 0.0) + server.get("comparison", 0.0)
+    way = max(wait + own - worked, 0.0) / 2
+    link = min(wait, way + max(way - own, 0.0))
+    parts = {kind: server.get(kind, 0.0) for kind in KINDS if kind != "wait"} | {"client": wait - link, "link": link}
+    return {kind: ms / streams for kind, ms in parts.items()}
 
 
 def random_images(*shape: int) -> np.ndarray[Any, Any]:
@@ -151,7 +160,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         "activations": sum(s.active for s in plan.activations) // batch, "activation_layers": len(plan.activations),
         "batch": batch, "runs": runs,
         "fixed_point": plan.model.describe()["fixed_point"],
-        "plaintext_ms": _median_ms(plaintext), "plaintext_ms_spread": _spread_ms(plaintext),
+        "plaintext_ms": _median_ms(plaintext), "plaintext_ms_spread": _spread_ms(plaintext), "plaintext_runs": len(plaintext),
         "online_ms": _median_ms(online), "online_ms_spread": _spread_ms(online),
         "preprocessing_ms": _median_ms(preprocessing), "preprocessing_ms_spread": _spread_ms(preprocessing),
         "total_ms": _median_ms(total), "total_ms_spread": _spread_ms(total),
@@ -189,7 +198,8 @@ def run_side_by_side(model: Model, network: str, width: int, names: list[str], r
     ours = measure(model, network, width, batch=1, runs=runs, crypten=False, say=say, images=images)
     rows: list[dict[str, Any]] = [
         {"name": "plaintext", "label": "plaintext PyTorch float32", "online_ms": ours["plaintext_ms"],
-         "online_ms_spread": ours["plaintext_ms_spread"], "total_ms": ours["plaintext_ms"], "hides_image": False, "runs": runs},
+         "online_ms_spread": ours["plaintext_ms_spread"], "total_ms": ours["plaintext_ms"], "hides_image": False,
+         "runs": ours["plaintext_runs"]},
         {"name": "relucent", "label": f"Relucent, {ours['relus']:,} ReLUs", "hides_image": True,
          "bytes": ours["online_tcp_bytes"], "total_bytes": ours["online_tcp_bytes"] + ours["preprocessing_tcp_bytes"]} |
         {key: ours[key] for key in ("online_ms", "online_ms_spread", "preprocessing_ms", "total_ms", "setup_ms", "setup_bytes", "rounds",

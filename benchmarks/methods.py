@@ -5,6 +5,7 @@ The test images are touched here and nowhere else, once for each network; method
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from benchmarks.latency import measure
 from benchmarks.processes import environment
 from model_opt.compiler import compile_model, fixed_point_accuracy
 from model_opt.datasets import open_dataset
-from model_opt.files import load_network
+from model_opt.files import check_fits, load_network
 from model_opt.runs import table_row
 from model_opt.training import accuracy
 from protocol.errors import InputError
@@ -27,39 +28,41 @@ CALIBRATION_IMAGES = 500
 
 
 def _listed(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Reduced networks, each with its row: all of a Pareto folder, or the one in a file. Raises InputError, NetworkFileError."""
+    """Networks, each with its row: all of a Pareto folder, or the one in a file. Raises InputError, NetworkFileError."""
     try:
         if path.is_dir():
             return [(path / row["file"], row) for row in json.loads((path / "pareto.json").read_text())["rows"]]
         return [(path, table_row(load_network(path)[1], path.name))]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is no folder of `relucent-opt pareto` and no network of `relucent-opt reduce`",
+        raise InputError(f"{path} is no folder of `relucent-opt pareto` and no network of `reduce` or `train`",
                          "make one of them first") from error
 
 
-def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, done: list[dict[str, Any]], say: Callable[[str], None],
-                    keep: Callable[[list[dict[str, Any]]], None]) -> dict[str, Any]:
+def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, done: Sequence[dict[str, Any]], say: Callable[[str], None],
+                    keep: Callable[[list[dict[str, Any]]], None], dataset: str = "auto") -> list[dict[str, Any]]:
     """One row for each network of `paths` with accuracies on the test images (float, fixed point, private), latency and bytes.
 
+    A network is known by the SHA-256 of its file. Every row says when, on what and from which commit it was measured.
+
     Args:
-        paths: folders of `relucent-opt pareto` and files of reduced networks. images: test images that are classified privately; the
-            other two take all. runs: of the latency.
-        done: rows measured before, which are taken as they are. keep: called with all rows after each.
+        paths: folders of `relucent-opt pareto` and files of networks. images: test images that are classified privately; the
+            other two take all. runs: of the latency. dataset: as in `open_dataset`.
+        done: rows measured before; they stay, and their networks are not measured again. keep: called with all rows after each.
     """
-    listed = [item for path in paths for item in _listed(path)]
-    source = open_dataset(data)
+    rows = list(done)
+    source = open_dataset(data, dataset)
     train, _ = source.load_train()
     test = source.load_test()
-    rows: list[dict[str, Any]] = []
-    for file, listed_row in listed:
-        name = listed_row["file"]
-        known = next((row for row in done if row.get("file") == name and row["minutes"] == listed_row["minutes"]), None)
-        if known is not None:
-            rows.append(known)
-            continue
-        say(f"{name}: float accuracy")
+    for file, listed in [item for path in paths for item in _listed(path)]:
+        name, facts = file.name, environment()
         network, info = load_network(file)
-        row = {key: value for key, value in listed_row.items() if key != "details"}
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        if any(row.get("sha256") == checksum for row in rows):
+            say(f"{name}: measured before")
+            continue
+        check_fits(source, test.shape, info, file)
+        say(f"{name}: float accuracy")
+        row = {key: value for key, value in listed.items() if key != "details"} | {"sha256": checksum, "dataset": source.name}
         row["test_accuracy"] = accuracy(network, replace(test, mean=info.mean, std=info.std))
         say(f"{name}: compiling")
         calibration = replace(train, mean=info.mean, std=info.std)[:CALIBRATION_IMAGES].normalised()
@@ -70,7 +73,7 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
             compiled = Path(temporary) / "model.safetensors"
             save(model, compiled)
             say(f"{name}: private accuracy")
-            private = measure_accuracy(compiled, None, data, images, 32)
+            private = measure_accuracy(compiled, None, data, images, 32, dataset)
         say(f"{name}: latency")
         timed = measure(model, info.network, info.width, batch=1, runs=runs, crypten=False, say=lambda _: None)
         row |= {"test_images": len(test), "private_accuracy": private["private_accuracy"], "private_images": private["images"],
@@ -79,7 +82,7 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
                 "online_ms": timed["online_ms"], "online_ms_spread": timed["online_ms_spread"], "runs": timed["runs"],
                 "online_bytes": timed["online_bytes_up"] + timed["online_bytes_down"], "rounds": timed["rounds"],
                 "preprocessing_ms": timed["preprocessing_ms"], "preprocessing_bytes": sum(timed["preprocessing_bytes"].values()),
-                "plaintext_ms": timed["plaintext_ms"]}
+                "plaintext_ms": timed["plaintext_ms"], **facts}
         rows.append(row)
         keep(rows)
-    return {"rows": rows, **environment()}
+    return rows

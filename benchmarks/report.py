@@ -21,15 +21,18 @@ from protocol.errors import InputError
 PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear maps", "#2e86ab"),
          "elementwise": ("truncation, masks, copies", "#8fb996"), "squares": ("squares", "#f2b134"),
          "comparison": ("comparison (DCF)", "#d1495b"), "send": ("handing over", "#7d5ba6"), "client": ("the client's work", "#444444"),
-         "serialisation": ("serialisation, both ways", "#c9a0dc"), "link": ("gRPC and the link", "#d9d9d9")}
+         "serialisation": ("serialisation, both ways", "#c9a0dc"), "link": ("gRPC and the link", "#d9d9d9"),
+         "outside": ("before and after the server's call", "#f5f5f5")}
 """Of the server's timeline: what a reader calls them, and their colours."""
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
 README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
 GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
+FORETOLD = 0.1
+"""Latencies on a link that lie farther from the foretold one, as a share of it, are named."""
 PAGE_ONLY = ("Every point", "Physical limits")
 """Tables that are too long for the README."""
-CAPTIONS = {"growth": "Medians; bars from the smallest to the largest run.",
-            "time": "The server's timeline; its waiting is split into what the client computed meanwhile and the rest.",
+CAPTIONS = {"growth": "Medians of the runs that the table names; bars from the smallest to the largest run.",
+            "time": "The server's timeline; its waiting is split into the client's work and the ways there and back.",
             "peers": "Logarithmic. Ours: the dark part is online. The peers make their correlated randomness while they infer.",
             "load": "Every client prepares one inference and uses it, again and again.",
             "methods": "Ours are networks trained here; the marks are results that others published on larger networks.",
@@ -93,6 +96,8 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
               *(r for r in alike if r["link"] != base["link"])]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 8.4), layout="constrained")
     shares = [_shares(r["timeline"]["server"], r["limits"]["serialisation_ms"] / r["streams"]) for r in chosen]
+    for share, row in zip(shares, chosen):
+        share["outside"] = max(row["online_ms"] - sum(share.values()), 0.0)
     _stack(top, [{part: 100 * ms / sum(share.values()) for part, ms in share.items()} for share in shares])
     labels = [f"{r['relus']:,} ReLUs\nbatch {r['batch']}, {r['link']}\n{r['online_ms']:,.0f} ms" for r in chosen]
     top.set_xticks(range(len(chosen)), labels, fontsize=8)
@@ -117,7 +122,8 @@ def _stack(axis: Any, bars: Sequence[dict[str, float]]) -> None:
     bottom = np.zeros(len(bars))
     for part, (label, colour) in PARTS.items():
         heights = np.array([bar[part] for bar in bars])
-        axis.bar(range(len(bars)), heights, bottom=bottom, label=label, color=colour, width=0.75)
+        if heights.any():
+            axis.bar(range(len(bars)), heights, bottom=bottom, label=label, color=colour, width=0.75)
         bottom += heights
 
 
@@ -140,10 +146,11 @@ def plot_peers(peers: dict[str, Any], path: Path) -> None:
             else:
                 note = f" {row[key] / scale:,.0f}" + (f" ({_ratio(row[key], ours[key])})" if row.get("same_network", True) else "")
             axis.text(row[key] / scale, i, note, va="center", fontsize=8)
-        axis.set(xscale="log", xlabel=text, xlim=(None, 8 * largest))
+        axis.set(xscale="log", xlabel=text, xlim=(None, 12 * largest))
     axes[0].set_yticks(range(len(rows)), [f"{r['label']}, n={r['runs']}" for r in rows], fontsize=8)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{peers['network']} of width {peers['width']}; red: does not hide the image from the server; grey: another network",
+    figure.suptitle(f"{peers['network']} of width {peers['width']}; blue: ours, dark online; green: hides the image; red: does not; "
+                    "grey: another network",
                     fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -181,8 +188,10 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against online latency where both are known."""
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for row in rows:
-        axis.plot(row["online_ms"], 100 * row["test_accuracy"], "o", color="#2e86ab")
-        axis.annotate(f"{row['label']}\n{row['relus']:,}", (row["online_ms"], 100 * row["test_accuracy"]), fontsize=7,
+        low, high = (abs(row["online_ms"] - end) for end in row["online_ms_spread"])
+        axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=[[low], [high]], fmt="o", capsize=2, color="#2e86ab")
+        name = f"{row['label']}{_later(row)}\n{row['network']} w{row['width']}, {row['relus']:,} ReLUs, n={row['runs']}"
+        axis.annotate(name, (row["online_ms"], 100 * row["test_accuracy"]), fontsize=7,
                       xytext=(5, -8), textcoords="offset points")
     axis.set(xlabel="private online latency, ms", ylabel="test accuracy, %")
     axis.grid(True, alpha=0.25)
@@ -223,6 +232,13 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
                     "preprocessing ms", "preprocessing MB", "total ms", "images/s online", "n"), lines)
     links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s" for name, m in sweep.get("links", {}).items()]
     notes = ["", "Foretold: rounds x RTT + bytes / bandwidth + the online time on loopback."]
+    astray = [f"{r['relus']:,} ReLUs, {r['link']}" for r in sweep["rows"]
+              if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]
+    if astray:
+        notes.append(f"More than {FORETOLD:.0%} from it, by the spread of the work itself: {'; '.join(astray)}.")
+    timelines = [r["timeline"] for r in sweep["rows"]]
+    if covered := [min(timeline["coverage"].values()) for timeline in timelines if "coverage" in timeline]:
+        notes.append(f"Both timelines' parts sum to {covered[0]:.1%} of the online time in the first row, {min(covered):.1%} at least.")
     notes += [f"The emulated links as measured: {'; '.join(links)}."] if links else []
     notes += [f"Left out: {'; '.join(sweep['left_out'])}."] if sweep.get("left_out") else []
     return table + notes
@@ -236,13 +252,18 @@ def summary_table(sweep: dict[str, Any]) -> list[str]:
         points.setdefault(tuple(row[key] for key in ("network", "width", "batch", "relus", "squares")), {})[row["link"]] = row
     lines = []
     for found in points.values():
-        r = found[links[0]]
-        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]),
-                      *(f"{found[link]['online_ms']:,.0f}" if link in found else "" for link in links),
+        r = found.get(links[0]) or next(iter(found.values()))
+        online = [f"{found[k]['online_ms']:,.0f}" + f" (n={found[k]['runs']})" * (found[k]["runs"] != r["runs"]) if k in found else ""
+                  for k in links]
+        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]), *online,
                       f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
                       f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", str(r["runs"])])
     return _table(("ReLUs", "squares", "network", "batch", *(f"online ms, {link}" for link in links), f"of plaintext, {links[0]}",
-                   "online MB", f"preprocessing ms, {links[0]}", "preprocessing MB", f"n, {links[0]}"), lines)
+                   "online MB", f"preprocessing ms, {links[0]}", "preprocessing MB", "n"), lines)
+
+
+def _slope(line: dict[str, Any]) -> str:
+    return f"{line['slope']:.3f}" + (f" ± {line['error']:.3f}" if line.get("error") is not None else "")
 
 
 def fits_table(sweep: dict[str, Any]) -> list[str]:
@@ -250,10 +271,10 @@ def fits_table(sweep: dict[str, Any]) -> list[str]:
     lines = []
     for name, fit in sweep["fits"].items():
         worst = max(fit[key]["residual"] for key in ("online_us", "preprocessing_us"))
-        lines.append([name, f"{fit['from']:,}-{fit['to']:,} ({fit['points']})", f"{fit['online_us']['slope']:.2f}",
-                      f"{fit['online_bytes']['slope']:.1f}", f"{fit['preprocessing_us']['slope']:.2f}",
+        lines.append([name, f"{fit['from']:,}-{fit['to']:,} ({fit['points']})", _slope(fit["online_us"]),
+                      f"{fit['online_bytes']['slope']:.1f}", _slope(fit["preprocessing_us"]),
                       f"{fit['preprocessing_bytes']['slope']:.0f}", f"{worst:.0%}"])
-    return _table(("one more", "range (points)", "online us", "online bytes", "preprocessing us", "preprocessing bytes",
+    return _table(("one more", "range (points)", "online us ± standard error", "online bytes", "preprocessing us", "preprocessing bytes",
                    "largest distance of a time from its line"), lines)
 
 
@@ -265,10 +286,11 @@ def limits_table(sweep: dict[str, Any]) -> list[str]:
         floor = limit["linear_ms"] + limit["aes_ms"] + r["on_link_ms"]
         lines.append([f"{r['relus']:,}", _named(r), str(r["batch"]), r["link"], f"{r['plaintext_ms']:.1f}", f"{limit['int64_ms']:.1f}",
                       f"{limit['linear_ms']:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
-                      f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x"])
+                      f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x",
+                      f"{r['online_ms'] / (r['plaintext_ms'] + r['on_link_ms']):.1f}x"])
     return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms",
                    "AES of one party ms", "serialisation ms", "bytes / bandwidth ms", "with rounds x RTT ms", "online ms",
-                   "of our convolutions + AES + link"), lines)
+                   "of our convolutions + AES + link", "of plaintext + link"), lines)
 
 
 def targets_table(sweep: dict[str, Any]) -> list[str]:
@@ -280,8 +302,9 @@ def targets_table(sweep: dict[str, Any]) -> list[str]:
     gain = batch["batch"] / batch["online_ms"] / (base["batch"] / base["online_ms"])
     aims = [(f"online, {base['relus']:,} ReLUs", "at most 8x plaintext", base["online_ms"] / base["plaintext_ms"], "x", 8, True),
             (f"online, {every['relus']:,} ReLUs", "at most 60x plaintext", every["online_ms"] / every["plaintext_ms"], "x", 60, True),
-            (f"images per second, batch {batch['batch']} against 1", "at least 3x", gain, "x", 3, False),
-            ("material of one dealer", "at least 3 inferences a second", 1e3 / base["limits"]["dealing_ms"], " a second", 3, False),
+            (f"online images per second, batch {batch['batch']} against 1", "at least 3x", gain, "x", 3, False),
+            ("material that one dealer makes, sending apart", "at least 3 inferences a second", 1e3 / base["limits"]["dealing_ms"],
+             " a second", 3, False),
             ("preprocessing of one inference", "under 500 ms", base["preprocessing_ms"], " ms", 500, True)]
     return _table(("what", "aim", "measured", "met"),
                   [[what, aim, f"{value:.3g}{unit}", "yes" if (value <= limit if below else value >= limit) else "**no**"]
@@ -307,12 +330,16 @@ def peers_table(peers: dict[str, Any]) -> list[str]:
                    "MB with preprocessing", "of ours", "once, before", "hides the image", "notes"), lines)
 
 
+def _percentiles(row: Row, key: str) -> str:
+    return f"{row[key]['p50']:.0f} / {row[key]['p99']:.0f}" if row["inferences"] else "-"
+
+
 def load_table(load: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each number of clients."""
     lines = _table(("clients", "images/s", "online p50 / p99 ms", "with preprocessing p50 / p99 ms", "n", "refused", "errors", "server MB",
                     "dealer MB"),
-                   [[str(r["clients"]), f"{r['images_per_s']:.2f}", f"{r['online_ms']['p50']:.0f} / {r['online_ms']['p99']:.0f}",
-                     f"{r['with_preprocessing_ms']['p50']:.0f} / {r['with_preprocessing_ms']['p99']:.0f}", str(r["inferences"]),
+                   [[str(r["clients"]), f"{r['images_per_s']:.2f}", _percentiles(r, "online_ms"), _percentiles(r, "with_preprocessing_ms"),
+                     str(r["inferences"]),
                      str(r["refused"]), str(sum(r["errors"].values())), f"{r['peak_rss_mb']['server']:.0f}",
                      f"{r['peak_rss_mb']['dealer']:.0f}"] for r in load["rows"]])
     processes = f"{load['server_processes']} server process{'es' if load['server_processes'] > 1 else ''}"
@@ -322,27 +349,40 @@ def load_table(load: dict[str, Any]) -> list[str]:
 
 def _validation(row: dict[str, Any]) -> str:
     """Validation accuracy; with the number of images if the last training took in the others."""
-    accuracy, images = f"{100 * row['validation_accuracy']:.2f}", [part.get("validation_images") for part in row.get("later", ())][-1:]
-    return accuracy + f" (of {images[0]:,})" * any(images)
+    last = row["later"][-1] if row.get("later") else {}
+    images = f" (of {last['validation_images']:,})" if last.get("fold_in") else ""
+    return f"{100 * row['validation_accuracy']:.2f}{images}"
+
+
+def _later(row: dict[str, Any]) -> str:
+    return f", then {sum(part['epochs'] for part in row['later'])} epochs with the ReLUs fixed" if row.get("later") else ""
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
     lines = []
     for r in sorted(methods["rows"], key=lambda r: (r["budget"], -r["test_accuracy"])):
-        lines.append([r["label"], f"{r['network']} w{r['width']}", f"{r['relus']:,}", str(r["degree"]),
-                      _validation(r), f"{100 * r['test_accuracy']:.2f}", f"{100 * r['fixed_point_accuracy']:.2f}",
-                      f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})", f"{r['online_ms']:.0f}",
-                      f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"]), str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}"])
+        accuracies = [_validation(r), *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")),
+                      f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
+        served = [f"{r['online_ms']:.0f}", f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
+        degree = "" if r["degree"] is None else str(r["degree"])
+        lines.append([r["label"] + _later(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}", degree, *accuracies, *served,
+                      str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}", r["hardware"]])
     return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",
                    f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms", "online MB",
-                   "rounds", "seed", "epochs", "minutes"), lines)
+                   "rounds", "seed", "epochs", "minutes", "trained on"), lines)
 
 
 def _machine(result: dict[str, Any]) -> str:
-    facts = result if "cpu" in result else result["rows"][0]
-    made = f"{facts.get('date', 'undated')}, commit {facts.get('commit') or 'unknown'}"
-    return f"{facts['cpu']}, load average {facts['load_average'][0]} at the start, PyTorch {facts['versions']['torch']}, {made}"
+    """What a result was measured on and when; of one whose rows were measured one by one, all that differs."""
+    facts = [result] if "cpu" in result else result["rows"]
+
+    def all_of(values: list[Any]) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    return (f"{all_of([f['cpu'] for f in facts])}, load average {facts[0]['load_average'][0]} at the start, "
+            f"PyTorch {all_of([f['versions']['torch'] for f in facts])}, {all_of([f.get('date', 'undated') for f in facts])}, "
+            f"commit {all_of([f.get('commit') or 'unknown' for f in facts])}")
 
 
 def make_report(results: Path, out: Path, readme: Path | None, guide: Path | None = None) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -68,12 +69,20 @@ def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int |
             *(replace(base, link=link, relus=r) for link in links[1:] for r in relus)]
 
 
-def run_sweep(chosen: Sequence[Point], runs: int, say: Say) -> dict[str, Any]:
-    """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give."""
+def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give.
+
+    keep: called with the result so far after each row. Raises ValueError if the first point, the base, would take too long.
+    """
     facts = environment()
     links = {name: _measured(name) for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+
+    def result() -> dict[str, Any]:
+        predict(rows)
+        return {"rows": rows, "fits": fit_growth(rows), "links": links, "left_out": left_out, **facts}
+
     models: dict[tuple[str, int, int | None, float], Model] = {}
     for point in chosen:
         key = (point.network, point.width, point.relus, point.squares)
@@ -81,14 +90,16 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say) -> dict[str, Any]:
             models = {k: m for k, m in models.items() if k[:2] == key[:2]} | {key: random_model(*key)}
         seconds = seconds_on(LINKS[point.link], make_plan(models[key].public, point.batch))
         if seconds > INFERENCE_S:
+            if point == chosen[0]:
+                raise ValueError(f"{point}, the base, takes {seconds:.0f} s on the link each time; put another link or count first")
             left_out.append(f"{point}: {seconds:.0f} s on the link for each inference")
             continue
         say(str(point))
         row = measure(models[key], point.network, point.width, batch=point.batch, runs=max(1, min(runs, int(POINT_S / max(seconds, 1e-9)))),
                       crypten=False, say=lambda _: None, link=LINKS[point.link])
         rows.append(row | {"limits": limits(models[key], point.batch, LINKS[point.link])})
-    predict(rows)
-    return {"rows": rows, "fits": fit_growth(rows), "links": links, "left_out": left_out, **facts}
+        keep(result())
+    return result()
 
 
 def _measured(link: str) -> dict[str, float]:
@@ -117,7 +128,8 @@ def fit_growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Least-squares lines around the base: microseconds and bytes per ReLU in place of a square, for each link, and per square in place
     of a pixel that passes unchanged, without ReLUs. Rows that compare other bits than the base are left out.
 
-    Each with "residual", the largest distance of a row from its line, as a share of the row's value.
+    Each with "residual", the largest distance of a row from its line, as a share of the row's value, and the slope's standard "error",
+    None for a line through two points.
     """
     base = rows[0]
     alike = [r for r in rows if all(r[key] == base[key] for key in ("network", "width", "batch"))
@@ -141,7 +153,10 @@ def _fit(fits: dict[str, Any], name: str, key: str, rows: list[dict[str, Any]]) 
     for what, values in measured.items():
         y = np.array(values, float)
         slope, start = np.polyfit(x, y, 1)
-        fits[name][what] = {"slope": round(float(slope), 5), "start": round(float(start), 1),
+        gaps, free = slope * x + start - y, len(x) - 2
+        error = math.sqrt(float(gaps @ gaps) / free / float(((x - x.mean()) ** 2).sum())) if free else None
+        fits[name][what] = {"slope": round(float(slope), 5), "error": None if error is None else round(error, 5),
+                            "start": round(float(start), 1),
                             "residual": round(float(np.max(np.abs(slope * x + start - y) / y)), 4)}
 
 
