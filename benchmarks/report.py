@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import json
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear 
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
 README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
 GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
+REACHED = (0.8, 0.85, 0.9, 0.92, 0.93)
 FORETOLD = 0.1
 """Latencies on a link that lie farther from the foretold one, as a share of it, are named."""
 PAGE_ONLY = ("Every point", "Physical limits")
@@ -373,6 +376,18 @@ def methods_table(methods: dict[str, Any]) -> list[str]:
                    "rounds", "seed", "epochs", "minutes", "trained on"), lines)
 
 
+def training_table(logs: Sequence[Path]) -> list[str]:
+    """Markdown lines: how long each logged training took to reach accuracies on the validation images."""
+    lines = []
+    for log in logs:
+        with log.open(newline="") as rows:
+            epochs = [(float(row["validation_accuracy"]), float(row["seconds"]) / 60) for row in csv.DictReader(rows)]
+        minutes = list(accumulate(spent for _, spent in epochs))
+        reached = [next((f"{spent:.0f}" for (accuracy, _), spent in zip(epochs, minutes) if accuracy >= least), "") for least in REACHED]
+        lines.append([log.stem.removeprefix("training-"), str(len(epochs)), f"{minutes[-1]:.0f}", *reached, f"{100 * epochs[-1][0]:.1f}"])
+    return _table(("training", "epochs", "minutes", *(f"minutes to {least:.0%}" for least in REACHED), "validation in the end"), lines)
+
+
 def _machine(result: dict[str, Any]) -> str:
     """What a result was measured on and when; of one whose rows were measured one by one, all that differs."""
     facts = [result] if "cpu" in result else result["rows"]
@@ -422,6 +437,11 @@ def make_report(results: Path, out: Path, readme: Path | None, guide: Path | Non
             draw(result, path)
             written.append(path)
             sections.append((stem, [], base64.b64encode(path.read_bytes()).decode()))
+    if logs := sorted(results.glob("training-*.csv")):
+        lines = [*training_table(logs), "", "Single runs on two cores; some go on from another network's weights. "
+                 "Between epochs the first 1,000 validation images, in the end all."]
+        sections.append(("Time to accuracy", lines, None))
+        short.append("### Time to accuracy\n\n" + "\n".join(lines))
     if not sections:
         raise InputError(f"{results} holds no results", "run `relucent-bench sweep`, `peers` or `load` first")
     page = out / "report.html"

@@ -18,7 +18,7 @@ from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
 from benchmarks.plaintext import Plaintext
-from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_table
+from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_table, training_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
@@ -253,6 +253,12 @@ def test_the_report_and_the_tables(results: Path, tmp_path: Path) -> None:
     assert "http" not in page  # self-contained
     make_report(results, tmp_path / "out", readme, guide)
     assert readme.read_text() == text  # again gives the same
+
+
+def test_time_to_accuracy_adds_epochs_up(tmp_path: Path) -> None:
+    log = tmp_path / "training-net.csv"
+    log.write_text("epoch,loss,validation_accuracy,seconds\n1,2,0.7,60\n2,1,0.86,120\n3,1,0.84,60\n")
+    assert training_table([log])[-1] == "| net | 3 | 4 | 3 | 3 |  |  |  | 84.0 |"
 
 
 def test_missed_aims_are_said(results: Path) -> None:
