@@ -24,7 +24,8 @@ from protocol.errors import PeerError
 from protocol.inference import normalise_images
 from protocol.links import LINKS, Link
 from protocol.model import Model, save
-from protocol.plan import make_plan
+from protocol.plan import Plan, make_plan
+from protocol.ring import ELEMENT_BYTES
 from protocol.simulation import simulate
 from protocol.timeline import KINDS
 
@@ -83,6 +84,14 @@ def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
     layers = [{"layer": runs[0]["server_timeline"][i]["layer"], **{kind: median([layers[i][kind] for layers in split]) for kind in server}}
               for i in range(len(split[0]))]
     return {"client": client, "server": server, "coverage": coverage, "layers": layers}
+
+
+def add_bytes(layers: list[dict[str, Any]], plan: Plan) -> None:
+    """What the plan has each party send in each layer of one inference, "bytes_up" and "bytes_down": 8 for each element."""
+    count = [ELEMENT_BYTES * torch.Size(shape).numel() for shape in (plan.input_shape, plan.output_shape)]
+    each = [ELEMENT_BYTES * step.active for step in plan.activations]
+    for layer, up, down in zip(layers, [count[0], *each, 0], [0, *each, count[1]], strict=True):
+        layer |= {"bytes_up": up, "bytes_down": down}
 
 
 def _split_layer(client: dict[str, Any], server: dict[str, Any], streams: int) -> dict[str, float]:
@@ -178,6 +187,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,
         "agreement": hits / compared, "peak_rss_mb": memory, **facts,
     }
+    add_bytes(result["timeline"]["layers"], plan)
     if baseline is not None:
         times = [ms / 1e3 for ms in baseline["online_ms"]]
         result |= {"crypten_ms": _median_ms(times), "crypten_ms_spread": _spread_ms(times),

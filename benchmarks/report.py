@@ -106,7 +106,9 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     top.set_xticks(range(len(chosen)), labels, fontsize=8)
     top.set(ylabel="share of the online time, %", title="where the online time goes", ylim=(0, 100))
     layers = base["timeline"]["layers"]
-    _stack(bottom, [_shares(layer, 0.0) for layer in layers])
+    sizes = [layer.get("bytes_up", 0) + layer.get("bytes_down", 0) for layer in layers]
+    serialised = base["limits"]["serialisation_ms"] / max(sum(sizes), 1)
+    _stack(bottom, [_shares(layer, serialised * size) for layer, size in zip(layers, sizes)])
     bottom.set_ylim(0, 1.05 * max(bar.get_y() + bar.get_height() for bar in bottom.patches))
     bottom.set_xticks(range(len(layers)), [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
     bottom.set(ylabel="ms", title=f"layer by layer: {base['relus']:,} ReLUs, batch {base['batch']}, {base['link']}")

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import methods
 from benchmarks import sweep as sweeping
-from benchmarks.latency import timelines
+from benchmarks.latency import add_bytes, timelines
 from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
@@ -94,6 +94,14 @@ def test_waiting_is_split_into_the_clients_work_and_the_link() -> None:
     assert sum(v for k, v in result["layers"][1].items() if k != "layer") == 49
     two = timelines([run | {"streams": 2}])
     assert two["server"]["linear"] == 22.5  # sums over the streams, told for one
+
+
+def test_bytes_of_all_layers_are_those_of_the_inference() -> None:
+    plan = make_plan(random_model("resnet18", 4, 100).public, 2)
+    layers = [{"layer": name} for name in ["input", *(step.layer.name for step in plan.activations), "output"]]
+    add_bytes(layers, plan)
+    sums = [sum(layer[key] for layer in layers) for key in ("bytes_up", "bytes_down")]  # type: ignore[misc]
+    assert sums == [plan.online_bytes_up, plan.online_bytes_down]
 
 
 def test_the_kernels_count_of_bytes_leaves_no_file_open() -> None:
