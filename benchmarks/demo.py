@@ -25,7 +25,7 @@ from protocol.inference import normalise_images
 from protocol.model import Model, load, save
 
 ROOT = Path(__file__).resolve().parent
-MODEL = ROOT.parent / "models" / "cifar10-resnet18-w32.safetensors"
+MODEL = ROOT.parent / "models" / "cifar10-resnet18-w64.safetensors"
 IMAGES = ROOT / "demo_images"
 ALL_RELU_RUNS = 3
 
