@@ -129,14 +129,15 @@ def serving(model: Path, *options: str) -> Iterator[Roles]:
 
 
 def commit() -> str:
-    """The checked-out commit, with a plus if files have changed; empty outside a repository."""
+    """The checked-out commit, with a plus if files other than results have changed; empty outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
