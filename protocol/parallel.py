@@ -61,5 +61,11 @@ def run(work: Callable[[Part], None], parts: Sequence[Part]) -> None:
         pass
 
 
+def _after_fork() -> None:
+    """In a child: threads do not survive a fork, and nobody else holds the lock."""
+    _making.release()
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_after_fork)

@@ -1,5 +1,9 @@
 """Ring arithmetic is exact; truncation keeps its derived bound."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +102,25 @@ def test_a_part_that_fails_is_told() -> None:
     with pytest.raises(ValueError, match="part 3"):
         parallel.run(work, range(5))
     assert parallel.cores() == torch.get_num_threads()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_makes_threads_of_its_own() -> None:
+    parallel.run(lambda _: None, range(3))
+    child = os.fork()
+    if child == 0:
+        parallel.run(lambda _: None, range(3))
+        os._exit(7)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 7
 
 
 def test_digits_are_refused_where_they_would_not_pay_or_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
