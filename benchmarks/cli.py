@@ -22,7 +22,8 @@ from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
 from benchmarks.report import load_results, make_report
 from benchmarks.sweep import points, run_sweep
-from model_opt.datasets import DATASETS, DataError
+from model_opt.cli import DatasetName
+from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
@@ -31,7 +32,6 @@ from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Measure private inference.")
-DatasetName = Annotated[str, typer.Option("--dataset", help=f"auto, {', '.join(DATASETS)}.")]
 
 
 @app.callback()
@@ -186,15 +186,17 @@ def sweep(
     names = links.split(",")
     if unknown := [n for n in names if n not in LINKS]:
         raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")
+    unfinished = out.with_stem(f"{out.stem}-unfinished")  # the last whole sweep stays until this one is whole
     with Status("starting", console=Console(stderr=True)) as status:
         try:
             shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
             result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
-                                      _counts(batches, "--batches"), names), runs, status.update, lambda result: _write_json(out, result))
+                                      _counts(batches, "--batches"), names), runs, status.update, lambda result: _write_json(unfinished, result))
         except ValueError as error:
             raise InputError(str(error)) from error
     _store(result, out, as_json)
+    unfinished.unlink(missing_ok=True)
 
 
 @app.command()

@@ -34,6 +34,7 @@ from model_opt.data import Split
 CIFAR_VALIDATION = 5_000
 CIFAR_PIXELS = 3 * 32 * 32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+OR_FETCH = ", or have `relucent-opt train --download` fetch it"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -83,7 +84,7 @@ class Cifar(Dataset):
     def _read(self, name: str, records: int) -> tuple[Tensor, Tensor]:
         path = self._root / self._folder / f"{name}.bin"
         if not path.is_file():
-            raise DataError(f"{path} is missing; pass --data with the folder that holds {self._folder}/, or --download to fetch it")
+            raise DataError(f"{path} is missing; pass --data with the folder that holds {self._folder}/{OR_FETCH}")
         raw = np.fromfile(path, dtype=np.uint8)
         size = CIFAR_PIXELS + (1 if self.name == "cifar10" else 2)
         if raw.size != records * size:
@@ -177,7 +178,7 @@ class TinyImageNet(ImageFiles):
         self._root = root / "tiny-imagenet-200"
         listing = self._root / "wnids.txt"
         if not listing.is_file():
-            raise DataError(f"{listing} is missing; pass --data with the folder that holds tiny-imagenet-200/, or --download")
+            raise DataError(f"{listing} is missing; pass --data with the folder that holds tiny-imagenet-200/{OR_FETCH}")
         self._ids = sorted(listing.read_text().split())
         words = self._root / "words.txt"
         names = dict(line.split("\t", 1) for line in words.read_text().splitlines() if "\t" in line) if words.is_file() else {}
@@ -214,7 +215,7 @@ class ClassFolders(ImageFiles):
         self.classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir())) if train.is_dir() else ()
         if len(self.classes) < 2:
             raise DataError(f"{root} holds no data set: neither cifar-10-batches-bin/, cifar-100-binary/ or tiny-imagenet-200/ nor "
-                            "train/ with two or more class folders; pass --data with the right folder, or --download")
+                            f"train/ with two or more class folders; pass --data with the right folder{OR_FETCH}")
         self.mean, self.std = (0.5,) * 3, (0.25,) * 3
 
     def _folder(self, split: str) -> str:

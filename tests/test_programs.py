@@ -8,22 +8,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.processes import Roles, serving
+from protocol.links import LINKS
 from protocol.model import Model, save
 
 APPS = {"client": "client.cli:app", "server": "server.cli:server_app", "dealer": "server.cli:dealer_app",
         "opt": "model_opt.cli:app", "bench": "benchmarks.cli:app"}
 
 
-def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def program(name: str, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     module, app = APPS[name].split(":")
     command = [sys.executable, "-c", f"from {module} import {app} as app; app()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +172,42 @@ def test_latency_prints_every_figure(model_path: Path) -> None:
     mistake(program("bench", "latency", "--relus", "10000000", "--width", 4), 2, "exceeds")
     mistake(program("bench", "latency", "--relus", "some"), 2, "no number")
     mistake(program("bench", "demo", "--model", model_path.parent / "none"), 2, "missing")
+
+
+def bench(folder: Path, name: str, *arguments: object) -> dict[str, Any]:
+    """What a measuring command prints with --json, and the same that it stores."""
+    done = program("bench", name, *arguments, "--out", folder / f"{name}.json", "--json", timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((folder / f"{name}.json").read_text())
+    assert printed["command"].startswith(f"relucent-bench {name}") and {"cpu", "commit", "date", "versions", "load_average"} <= set(printed)
+    return dict(printed)
+
+
+def test_measuring_commands_give_what_the_report_draws(model_path: Path, tmp_path: Path) -> None:
+    sweep = bench(tmp_path, "sweep", "--relus", 50, "--networks", "resnet18", "--squares", "100,50", "--widths", 4, "--batches", 1,
+                  "--links", "loopback,lan", "--runs", 1)
+    assert [(r["relus"], r["link"]) for r in sweep["rows"]] == [(50, "loopback"), (0, "loopback"), (50, "lan")]
+    assert sweep["rows"][2]["online_ms"] > 1e3 * 18 * LINKS["lan"].rtt_s and sweep["rows"][2]["predicted_ms"] > 0
+    assert set(sweep["links"]) == {"lan"} and all(row["agreement"] == 1 for row in sweep["rows"])
+    peers = bench(tmp_path, "peers", "--peers", "crypten-tfp", "--width", 4, "--relus", 50, "--runs", 1)
+    assert [row["name"] for row in peers["rows"]] == ["plaintext", "relucent", "crypten-tfp"]
+    assert [row["hides_image"] for row in peers["rows"]] == [False, True, False]
+    load = bench(tmp_path, "load", "--clients", 2, "--seconds", 1, "--model", model_path)
+    assert [row["clients"] for row in load["rows"]] == [2]
+    assert all(row["inferences"] >= 1 and row["images_per_s"] > 0 and not row["errors"] for row in load["rows"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["load.json", "peers.json", "sweep.json"]  # nothing unfinished stays
+    report = program("bench", "report", "--results", tmp_path, "--out", tmp_path / "report")
+    assert report.returncode == 0, report.stderr
+    assert {"report.html", "growth.png", "peers.png", "load.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_measuring_mistakes_keep_the_stored_result(tmp_path: Path) -> None:
+    stored = tmp_path / "sweep.json"
+    stored.write_text("{}")
+    mistake(program("bench", "sweep", "--links", "moon", "--out", stored), 2, "unknown link 'moon'", "hint")
+    mistake(program("bench", "sweep", "--relus", "few", "--out", stored), 2, "no list of numbers", "hint")
+    mistake(program("bench", "sweep", "--relus", 10**9, "--widths", 4, "--out", stored), 2, "exceeds")
+    mistake(program("bench", "peers", "--peers", "nobody", "--out", stored), 2, "no peer 'nobody'", "hint")
+    mistake(program("bench", "load", "--clients", 0, "--out", stored), 2, "below 1", "hint")
+    assert stored.read_text() == "{}" and list(tmp_path.iterdir()) == [stored]
