@@ -192,7 +192,8 @@ def sweep(
             shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
             result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
-                                      _counts(batches, "--batches"), names), runs, status.update, lambda result: _write_json(unfinished, result))
+                                      _counts(batches, "--batches"), names), runs, status.update,
+                               lambda result: _write_json(unfinished, result))
         except ValueError as error:
             raise InputError(str(error)) from error
     _store(result, out, as_json)

@@ -27,7 +27,7 @@ from protocol.model import Model, save
 from protocol.plan import Plan, make_plan
 from protocol.ring import ELEMENT_BYTES
 from protocol.simulation import simulate
-from protocol.timeline import KINDS
+from protocol.timeline import KINDS, PREPROCESSING_KINDS
 
 Say = Callable[[str], None]
 
@@ -84,6 +84,16 @@ def timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
     layers = [{"layer": runs[0]["server_timeline"][i]["layer"], **{kind: median([layers[i][kind] for layers in split]) for kind in server}}
               for i in range(len(split[0]))]
     return {"client": client, "server": server, "coverage": coverage, "layers": layers}
+
+
+def preprocessing_timelines(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the time of preprocessing went, over runs: median milliseconds by kind for each party, and its "coverage" as in `timelines`."""
+    told: dict[str, Any] = {"coverage": {}}
+    for party, key in (("client", "timeline"), ("server", "server_timeline"), ("dealer", "dealer_timeline")):
+        sums = [{kind: sum(layer.get(kind, 0.0) for layer in run[key]) for kind in PREPROCESSING_KINDS} for run in runs]
+        told[party] = {kind: round(statistics.median(one[kind] for one in sums), 3) for kind in PREPROCESSING_KINDS}
+        told["coverage"][party] = round(statistics.median(sum(one.values()) / (1e3 * run["seconds"]) for one, run in zip(sums, runs)), 4)
+    return told
 
 
 def add_bytes(layers: list[dict[str, Any]], plan: Plan) -> None:
@@ -183,7 +193,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         "preprocessing_tcp_bytes": last_pre["tcp_bytes"] + last_pre["dealer_to_server_bytes"],
         "link": link.name, "streams": last_online["streams"],
         "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"] + last_online["bytes_down"]), 2),
-        "timeline": timelines(private["online"][1:]),
+        "timeline": timelines(private["online"][1:]), "preprocessing_timeline": preprocessing_timelines(private["preprocessing"][1:]),
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,
         "agreement": hits / compared, "peak_rss_mb": memory, **facts,
     }

@@ -121,9 +121,9 @@ def serving(model: Path, *options: str) -> Iterator[Roles]:
     """A dealer and a server for `model` on free loopback ports, stopped at the end."""
     running: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory() as folder, _stopping(running):
-        base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1"]
+        base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1", "--timelines"]
         dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
-        arguments = [*base[:1], str(model), *base[1:], "--timelines", "--dealer", dealer_address, *options]
+        arguments = [*base[:1], str(model), *base[1:], "--dealer", dealer_address, *options]
         server, server_address = _start("server", arguments, Path(folder) / "server.log", running)
         yield Roles(server_address, dealer_address, server.pid, dealer.pid)
 

@@ -26,6 +26,10 @@ PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear 
          "serialisation": ("serialisation, both ways", "#c9a0dc"), "link": ("gRPC and the link", "#d9d9d9"),
          "outside": ("before and after the server's call", "#f5f5f5")}
 """Of the server's timeline: what a reader calls them, and their colours."""
+PREPROCESSING_PARTS = {"setup": PARTS["setup"], "linear": PARTS["linear"], "randomness": ("expanding seeds", "#f2b134"),
+                       "keys": ("DCF keys", "#d1495b"), "elementwise": ("elementwise", "#8fb996"), "send": PARTS["send"],
+                       "store": ("into the stock", "#444444"), "wait": ("waiting for the others", "#d9d9d9"),
+                       "outside": ("before and after its own call", "#f5f5f5")}
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
 README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
 GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
@@ -35,7 +39,8 @@ FORETOLD = 0.1
 PAGE_ONLY = ("Every point", "Physical limits")
 """Tables that are too long for the README."""
 CAPTIONS = {"growth": "Medians of the runs that the table names; bars from the smallest to the largest run.",
-            "time": "The server's timeline; its waiting is split into the client's work and the ways there and back.",
+            "time": "The server's online timeline, its waiting split into the client's work and the ways there and back; and all three "
+                    "parties' preprocessing.",
             "peers": "Logarithmic. Ours: the dark part is online. The peers make their correlated randomness while they infer.",
             "load": "Every client prepares one inference and uses it, again and again.",
             "methods": "Ours are networks trained here; the marks are results that others published on larger networks.",
@@ -89,7 +94,7 @@ def _full(row: Row, base: Row) -> bool:
 
 
 def plot_time(rows: Sequence[Row], path: Path) -> None:
-    """Stacked bars: where the online time goes, as the server sees it; below, by layer of the base."""
+    """Stacked bars: where the online time goes, as the server sees it; below, by layer of the base; and the parties' preprocessing."""
     base = rows[0]
     most = max((r for r in rows if r["link"] == base["link"]), key=lambda r: r["relus"])
     largest = max((r for r in rows if r["link"] == base["link"]), key=lambda r: r["batch"])
@@ -97,7 +102,7 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     none = [r for r in rows if r["relus"] == 0 and r["link"] == base["link"]]
     chosen = [*none[:1], base, *([most] if most is not base else []), *([largest] if largest is not base else []),
               *(r for r in alike if r["link"] != base["link"])]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 8.4), layout="constrained")
+    figure, (top, bottom, before) = plt.subplots(3, 1, figsize=(11, 12.6), layout="constrained")
     shares = [_shares(r["timeline"]["server"], r["limits"]["serialisation_ms"] / r["streams"]) for r in chosen]
     for share, row in zip(shares, chosen):
         share["outside"] = max(row["online_ms"] - sum(share.values()), 0.0)
@@ -112,9 +117,25 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     bottom.set_ylim(0, 1.05 * max(bar.get_y() + bar.get_height() for bar in bottom.patches))
     bottom.set_xticks(range(len(layers)), [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
     bottom.set(ylabel="ms", title=f"layer by layer: {base['relus']:,} ReLUs, batch {base['batch']}, {base['link']}")
-    top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _plot_preprocessing(before, [r for r in (base, most, largest) if "preprocessing_timeline" in r])
+    for axis in (top, before):
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _plot_preprocessing(axis: Any, rows: Sequence[Row]) -> None:
+    """Stacked bars: each party's part in the preprocessing of each row."""
+    bars, labels = [], []
+    for row in rows:
+        for party in ("dealer", "server", "client"):
+            parts = row["preprocessing_timeline"][party]
+            bar = {part: 100 * parts.get(part, 0.0) / row["preprocessing_ms"] for part in PREPROCESSING_PARTS}
+            bars.append(bar | {"outside": max(100 - sum(bar.values()), 0.0)})
+            labels.append(f"{party}\n{row['relus']:,} ReLUs\nbatch {row['batch']}\n{row['preprocessing_ms']:,.0f} ms")
+    _stack(axis, bars, PREPROCESSING_PARTS)
+    axis.set_xticks(range(len(bars)), labels, fontsize=8)
+    axis.set(ylabel="share of the preprocessing time, %", title="where the preprocessing time goes, all parties at once", ylim=(0, 100))
 
 
 def _shares(timeline: dict[str, float], serialisation_ms: float) -> dict[str, float]:
@@ -123,9 +144,9 @@ def _shares(timeline: dict[str, float], serialisation_ms: float) -> dict[str, fl
     return {part: timeline.get(part, 0.0) for part in PARTS} | {"serialisation": taken, "link": timeline["link"] - taken}
 
 
-def _stack(axis: Any, bars: Sequence[dict[str, float]]) -> None:
+def _stack(axis: Any, bars: Sequence[dict[str, float]], parts: dict[str, tuple[str, str]] = PARTS) -> None:
     bottom = np.zeros(len(bars))
-    for part, (label, colour) in PARTS.items():
+    for part, (label, colour) in parts.items():
         heights = np.array([bar[part] for bar in bars])
         if heights.any():
             axis.bar(range(len(bars)), heights, bottom=bottom, label=label, color=colour, width=0.75)

@@ -37,8 +37,8 @@ from protocol.model import PublicModel
 from protocol.online import online_client
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
-from protocol.timeline import KINDS, Timeline
-from protocol.transport import ACCEPTED_KEY, TIMELINE_KEY, RequestQueue, Security, connect, next_message, translate, unpack_timeline
+from protocol.timeline import Timeline
+from protocol.transport import ACCEPTED_KEY, RequestQueue, Security, connect, next_message, timeline_of, translate
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -89,8 +89,8 @@ class ModelSummary:
 class PhaseCost:
     """Time and traffic of one phase, protobuf and gRPC framing included. Bytes as this client saw them.
 
-    dealer_to_server_bytes: as the server reported them; preprocessing only. timeline, server_timeline: milliseconds by layer and
-    kind (`protocol.timeline`), online only, if the client was made with `timeline`, and the server allows it. streams: parts of the
+    dealer_to_server_bytes: as the server reported them; preprocessing only. timeline, server_timeline, dealer_timeline: milliseconds by
+    layer and kind (`protocol.timeline`), if the client was made with `timeline`, and server and dealer allow it. streams: parts of the
     batch that ran at once; bytes and timelines are sums over them.
     """
 
@@ -102,6 +102,7 @@ class PhaseCost:
     dealer_to_server_bytes: int = 0
     timeline: tuple[dict[str, Any], ...] = ()
     server_timeline: tuple[dict[str, Any], ...] = ()
+    dealer_timeline: tuple[dict[str, Any], ...] = ()
     streams: int = 1
 
 
@@ -140,7 +141,7 @@ class Client:
         cache: folder for Delta; None for the user's cache folder.
         stock: folder in which prepared material outlives this client; None keeps it in memory. stock_key: file of the key that encrypts
             it; None for `default_stock_key`.
-        timeout_s: deadline of every call. timeline: record where the time of the online phase goes.
+        timeout_s: deadline of every call. timeline: record where the time of both phases goes.
         streams: parts of a batch of 8 images or more that run at once: while one waits for its peer or the link, another computes.
 
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
@@ -305,12 +306,13 @@ class Client:
     def _preprocess_once(self, offer: Offer, batch: int) -> Prepared:
         plan = offer.plan(batch)
         started = time.perf_counter()
+        timeline = Timeline(time.perf_counter if self._timed else None, started)
         secret = secrets.token_bytes(SECRET_BYTES)
         client_id = hashlib.sha256(secret).digest()
         up: RequestQueue[pb.PreprocessUp] = RequestQueue()
         up.put(pb.PreprocessUp(open=pb.PreprocessOpen(
             protocol_version=PROTOCOL_VERSION, model_id=offer.model.model_id, delta_id=offer.delta_id, batch=plan.batch,
-            client_id=client_id)))
+            client_id=client_id, timeline=self._timed)))
         sender = ChunkSender(lambda chunk: up.put(pb.PreprocessUp(chunk=chunk)))
         replies = self._server.Preprocess(iter(up), timeout=self._timeout_s)
         dealt: Any = None
@@ -319,22 +321,27 @@ class Client:
             material_id = check_bytes(next_message(replies, "the server").material_id, ID_BYTES, "the material id")
             dealt = self._dealer.FetchMaterial(pb.MaterialRequest(
                 protocol_version=PROTOCOL_VERSION, model_id=offer.model.model_id, registration_id=offer.registration_id,
-                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret, mask_id=offer.mask_id),
-                timeout=self._timeout_s)
+                material_id=material_id, client_id=client_id, batch=plan.batch, client_secret=secret, mask_id=offer.mask_id,
+                timeline=self._timed), timeout=self._timeout_s)
             try:
                 seed = Seed(check_bytes(next_message(dealt, "the dealer").seed, SECRET_BYTES, "the seed"))
                 source = ChunkReceiver(lambda: next_message(dealt, "the dealer").chunk)
-                contents = preprocess_client(plan, offer.delta, DealtToClient(plan, seed, source), sender)
+                timeline.lap("setup")
+                contents = preprocess_client(plan, offer.delta, DealtToClient(plan, seed, source, timeline), sender, timeline)
             except RelucentError as error:
                 raise self._first_cause(replies, error) from None
             up.close()
             reply = next_message(replies, "the server")
+            timeline.lap("wait")
+            timeline.close("ready")
+            seconds = time.perf_counter() - started
             if reply.WhichOneof("kind") != "ready":
                 raise ProtocolViolation("the server did not confirm the material")
             if not 0 <= reply.ready.lifetime_s < float("inf"):
                 raise ProtocolViolation("the server announces an impossible lifetime of the material")
             holder = check_bytes(reply.ready.holder, ID_BYTES, "the holder's id")
             lifetime = min(reply.ready.lifetime_s, MAX_LIFETIME_S)
+            timelines = [timeline_of(call) if self._timed else () for call in (replies, dealt)]
         except BaseException:
             replies.cancel()
             if material_id:
@@ -345,7 +352,8 @@ class Client:
             if dealt is not None:
                 dealt.cancel()
         self.last_preprocessing = PhaseCost(
-            time.perf_counter() - started, sender.bytes, ID_BYTES + 2 * FRAME_BYTES, 1, source.bytes, int(reply.ready.dealer_bytes))
+            seconds, sender.bytes, ID_BYTES + 2 * FRAME_BYTES, 1, source.bytes, int(reply.ready.dealer_bytes),
+            timeline=tuple(timeline.describe()), server_timeline=timelines[0], dealer_timeline=timelines[1])
         return Prepared(Material(material_id, plan, contents), secret, time.time() + lifetime, holder=holder)
 
     def _first_cause(self, replies: Any, error: RelucentError) -> RelucentError:
@@ -464,9 +472,8 @@ class Client:
         finally:
             up.close()
             prepared.material.destroy()
-        theirs = [v for k, v in replies.trailing_metadata() or () if k == TIMELINE_KEY and isinstance(v, bytes)] if self._timed else []
         cost = PhaseCost(seconds, sender.bytes, receiver.bytes, plan.rounds, timeline=tuple(timeline.describe()),
-                         server_timeline=tuple(unpack_timeline(theirs[0])) if theirs else ())
+                         server_timeline=timeline_of(replies) if self._timed else ())
         return ring.decode(result, plan.output_scale), cost
 
 
@@ -474,9 +481,10 @@ def _together(costs: list[PhaseCost]) -> PhaseCost:
     """The cost of several streams: sums, but for the rounds, which they go through at once."""
 
     def layers(timelines: list[tuple[dict[str, Any], ...]]) -> tuple[dict[str, Any], ...]:
-        return tuple({"layer": same[0]["layer"], **{kind: sum(layer.get(kind, 0.0) for layer in same) for kind in KINDS}}
-                     for same in zip(*timelines))
+        return tuple({"layer": same[0]["layer"], **{kind: sum(layer.get(kind, 0.0) for layer in same) for layer in same for kind in layer
+                                                    if kind != "layer"}} for same in zip(*timelines))
 
     names = ("seconds", "bytes_up", "bytes_down", "dealer_bytes", "dealer_to_server_bytes", "streams")
     return PhaseCost(**{name: sum(getattr(c, name) for c in costs) for name in names}, rounds=max(c.rounds for c in costs),
-                     timeline=layers([c.timeline for c in costs]), server_timeline=layers([c.server_timeline for c in costs]))
+                     timeline=layers([c.timeline for c in costs]), server_timeline=layers([c.server_timeline for c in costs]),
+                     dealer_timeline=layers([c.dealer_timeline for c in costs]))

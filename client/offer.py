@@ -82,7 +82,7 @@ def fetch_offer(server: rpc.InferenceStub, name: str, cache: DeltaCache, timeout
     delta, position = {}, 0
     for weight, shape in shapes.items():
         size = ring.ELEMENT_BYTES * torch.Size(shape).numel()
-        delta[weight] = ring.from_bytes(data[position : position + size], shape)
+        delta[weight] = ring.outputs_last(ring.from_bytes(data[position : position + size], shape))
         position += size
     offer = Offer(model, delta, delta_id, mask_id, registration_id, int(told.max_batch))
     offer.plan(1)  # a model that cannot be run is refused here

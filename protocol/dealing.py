@@ -23,33 +23,37 @@ from protocol.model import ActivationLayer, FixedPoint, PublicModel
 from protocol.plan import ActivationStep, Plan, public_constants, weight_shapes
 from protocol.prg import Seed
 from protocol.tensor import Constant, RingTensor, Weight
+from protocol.timeline import TimedReceiver, TimedSender, Timeline
 
 
 def weight_masks(model: PublicModel, seed: Seed) -> dict[str, Tensor]:
     """The mask B of every private weight, expanded from the registration's seed (dealer and server)."""
-    return {name: seed.ring(f"weight/{name}", shape) for name, shape in weight_shapes(model).items()}
+    return {name: ring.outputs_last(seed.ring(f"weight/{name}", shape)) for name, shape in weight_shapes(model).items()}
 
 
 class _Streams:
     """Labels of the pseudorandom streams: one counter for each kind, the same in every role."""
 
-    def __init__(self, seed: Seed) -> None:
-        self._seed = seed
+    def __init__(self, seed: Seed, timeline: Timeline) -> None:
+        self._seed, self._timeline = seed, timeline
         self._counters: dict[str, int] = {}
 
     def ring(self, kind: str, shape: tuple[int, ...]) -> Tensor:
         index = self._counters.get(kind, 0)
         self._counters[kind] = index + 1
-        return self._seed.ring(f"{kind}/{index}", shape)
+        self._timeline.lap("elementwise")
+        expanded = self._seed.ring(f"{kind}/{index}", shape)
+        self._timeline.lap("randomness")
+        return expanded
 
 
 class _Dealing:
     """State of one dealing pass."""
 
-    def __init__(self, plan: Plan, client_seed: Seed, server_seed: Seed, to_client: Sender, to_server: Sender) -> None:
-        self.plan = plan
-        self.client, self.server = _Streams(client_seed), _Streams(server_seed)
-        self.to_client, self.to_server = to_client, to_server
+    def __init__(self, plan: Plan, client_seed: Seed, server_seed: Seed, to_client: Sender, to_server: Sender, timeline: Timeline) -> None:
+        self.plan, self.timeline = plan, timeline
+        self.client, self.server = _Streams(client_seed, timeline), _Streams(server_seed, timeline)
+        self.to_client, self.to_server = TimedSender(to_client, timeline), TimedSender(to_server, timeline)
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -69,7 +73,9 @@ class DealerTensor(RingTensor):
         return self.data if self.data.is_meta else ring.truncate_local(self.data, bits, ring.Party.CLIENT)
 
     def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        self.session.timeline.lap("elementwise")
         product = weight.map(self.data, apply)
+        self.session.timeline.lap("linear")
         product -= self.session.client.ring("linear", tuple(product.shape))
         self.session.to_server.send(ring.to_bytes(product))
         return product.to("meta")
@@ -89,7 +95,9 @@ class DealerTensor(RingTensor):
             self.session.to_client.send(ring.to_bytes(beta))
         if step.relus:
             self._deal_relus(step)
-        return type(self)(self.session, self.session.client.ring("mask", step.shape), self.fixed_point.activation_bits, True)
+        mask = self.session.client.ring("mask", step.shape)
+        self.session.timeline.close(layer.name)
+        return type(self)(self.session, mask, self.fixed_point.activation_bits, True)
 
     def _deal_relus(self, step: ActivationStep) -> None:
         session, bits = self.session, self.session.plan.comparison_bits
@@ -103,7 +111,9 @@ class DealerTensor(RingTensor):
         start = 0
         for count in step.blocks():
             part = slice(start, start + count)
+            session.timeline.lap("elementwise")
             for_server, for_client = dcf.generate(low[part], payload[part], bits, dcf.fresh_randomness(count))
+            session.timeline.lap("keys")
             session.to_server.send(*for_server.parts())
             session.to_client.send(*for_client.parts())
             start += count
@@ -111,18 +121,20 @@ class DealerTensor(RingTensor):
 
 @torch.no_grad()
 def deal(plan: Plan, masks: dict[str, Tensor], client_seed: Seed, server_seed: Seed, to_client: Sender,
-         to_server: Sender) -> None:
+         to_server: Sender, timeline: Timeline | None = None) -> None:
     """Make the correlated randomness of one inference. Run by the dealer; one message per layer and party or more.
 
     Args:
         masks: `weight_masks` of the server's registration.
         client_seed, server_seed: fresh for this material; each goes to its party beforehand.
     """
-    dealing = _Dealing(plan, client_seed, server_seed, to_client, to_server)
+    dealing = _Dealing(plan, client_seed, server_seed, to_client, to_server, timeline or Timeline())
     parameters: dict[str, Weight | Constant] = dict(public_constants(plan.model))
     parameters |= {name: Weight(mask) for name, mask in masks.items()}
     start = dealing.client.ring("mask", plan.input_shape)
     build_graph(plan.model, parameters)(DealerTensor(dealing, start, dealing.fixed_point.activation_bits, True))
+    dealing.timeline.lap("elementwise")
+    dealing.timeline.close("output")
 
 
 def _receive_keys(plan: Plan, step: ActivationStep, party: int, source: Receiver) -> tuple[DcfKeys, ...]:
@@ -135,8 +147,9 @@ def _receive_keys(plan: Plan, step: ActivationStep, party: int, source: Receiver
 class DealtToClient:
     """`ClientCorrelations` from the client's seed and the dealer's messages."""
 
-    def __init__(self, plan: Plan, seed: Seed, source: Receiver) -> None:
-        self._plan, self._streams, self._source = plan, _Streams(seed), source
+    def __init__(self, plan: Plan, seed: Seed, source: Receiver, timeline: Timeline | None = None) -> None:
+        laps = timeline or Timeline()
+        self._plan, self._streams, self._source = plan, _Streams(seed, laps), TimedReceiver(source, laps)
 
     def fresh_mask(self, shape: tuple[int, ...]) -> Tensor:
         return self._streams.ring("mask", shape)
@@ -158,8 +171,9 @@ class DealtToClient:
 class DealtToServer:
     """`ServerCorrelations` from the server's seed and the dealer's messages."""
 
-    def __init__(self, plan: Plan, seed: Seed, source: Receiver) -> None:
-        self._plan, self._streams, self._source = plan, _Streams(seed), source
+    def __init__(self, plan: Plan, seed: Seed, source: Receiver, timeline: Timeline | None = None) -> None:
+        laps = timeline or Timeline()
+        self._plan, self._streams, self._source = plan, _Streams(seed, laps), TimedReceiver(source, laps)
 
     def linear(self, shape: tuple[int, ...]) -> Tensor:
         return ring.from_bytes(self._source.receive(ring.ELEMENT_BYTES * torch.Size(shape).numel()), shape)

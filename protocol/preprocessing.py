@@ -26,13 +26,14 @@ from protocol.material import (
 from protocol.model import ActivationLayer, FixedPoint
 from protocol.plan import ActivationStep, LinearStep, Plan, RemaskStep, public_constants
 from protocol.tensor import Constant, RingTensor, Weight
+from protocol.timeline import TimedReceiver, TimedSender, Timeline
 
 
 class _ClientPass:
     """State of the client's preprocessing pass."""
 
-    def __init__(self, plan: Plan, source: ClientCorrelations, to_server: Sender) -> None:
-        self.plan, self.source, self.to_server = plan, source, to_server
+    def __init__(self, plan: Plan, source: ClientCorrelations, to_server: Sender, timeline: Timeline) -> None:
+        self.plan, self.source, self.to_server, self.timeline = plan, source, TimedSender(to_server, timeline), timeline
         self.activations: list[ClientActivation] = []
 
     @property
@@ -59,7 +60,9 @@ class ClientTensor(RingTensor):
         return ring.truncate_local(self.data, bits, ring.Party.CLIENT)
 
     def _private_map(self, weight: Weight, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        self.session.timeline.lap("elementwise")
         share = weight.map(self.data, apply)  # Delta * r
+        self.session.timeline.lap("linear")
         share += self.session.source.linear(tuple(share.shape))
         return share
 
@@ -93,6 +96,7 @@ class ClientTensor(RingTensor):
             passed = gather(share.data, layer.identity, False) - gather(mask, layer.identity, False)
             next_mask = gather(mask, layer.active, False)
         self.session.to_server.send(ring.to_bytes(e), ring.to_bytes(passed))
+        self.session.timeline.close(layer.name)
         self.session.activations.append(ClientActivation(step, twice, base, relu, next_mask))
         return type(self)(self.session, mask, share.scale, True)
 
@@ -106,23 +110,28 @@ def put(dense: Tensor, index: Tensor, everything: bool, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def preprocess_client(plan: Plan, delta: dict[str, Tensor], source: ClientCorrelations, to_server: Sender) -> ClientContents:
+def preprocess_client(plan: Plan, delta: dict[str, Tensor], source: ClientCorrelations, to_server: Sender,
+                      timeline: Timeline | None = None) -> ClientContents:
     """The client's preprocessing of one inference.
 
     Args:
-        delta: W - B of every private weight, by parameter name, int64.
+        delta: W - B of every private weight, by parameter name, int64. timeline: the one that `source` laps too.
     """
-    state = _ClientPass(plan, source, to_server)
+    state = _ClientPass(plan, source, to_server, timeline or Timeline())
     parameters: dict[str, Weight | Constant] = dict(public_constants(plan.model))
     parameters |= {name: Weight(value) for name, value in delta.items()}
     mask = source.fresh_mask(plan.input_shape)
     out = build_graph(plan.model, parameters)(ClientTensor(state, mask, state.fixed_point.activation_bits, True))
+    state.timeline.lap("elementwise")
+    state.timeline.close("output")
     return ClientContents(mask, tuple(state.activations), out.data)
 
 
 @torch.no_grad()
-def preprocess_server(plan: Plan, source: ServerCorrelations, from_client: Receiver) -> ServerContents:
-    """The server's preprocessing of one inference."""
+def preprocess_server(plan: Plan, source: ServerCorrelations, from_client: Receiver, timeline: Timeline | None = None) -> ServerContents:
+    """The server's preprocessing of one inference. timeline: the one that `source` laps too."""
+    laps = timeline or Timeline()
+    from_client = TimedReceiver(from_client, laps)
     linear, remask, activations = [], [], []
     for step in plan.steps:
         if isinstance(step, LinearStep):
@@ -132,6 +141,9 @@ def preprocess_server(plan: Plan, source: ServerCorrelations, from_client: Recei
             remask.append(ring.from_bytes(data, step.shape))
         else:
             activations.append(_server_activation(step, source, from_client))
+            laps.lap("elementwise")
+            laps.close(step.layer.name)
+    laps.close("output")
     return ServerContents(tuple(linear), tuple(remask), tuple(activations))
 
 

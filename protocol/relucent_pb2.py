@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/relucent.proto\x12\x0brelucent.v1\"5\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x07\n\x05\x45mpty\"\xbb\x01\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x64\x65lta_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cpublic_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_batch\x18\x07 \x01(\r\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x0f\n\x07mask_id\x18\t \x01(\x0c\"9\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x0bListRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"a\n\nModelEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05relus\x18\x03 \x01(\x04\x12\x0f\n\x07\x63lasses\x18\x04 \x01(\r\x12\x13\n\x0binput_shape\x18\x05 \x03(\r\"4\n\tModelList\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.relucent.v1.ModelEntry\"\\\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"p\n\x0ePreprocessOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\"h\n\x0cPreprocessUp\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.relucent.v1.PreprocessOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"A\n\x05Ready\x12\x14\n\x0c\x64\x65\x61ler_bytes\x18\x01 \x01(\x04\x12\x12\n\nlifetime_s\x18\x02 \x01(\x01\x12\x0e\n\x06holder\x18\x03 \x01(\x0c\"T\n\x0ePreprocessDown\x12\x15\n\x0bmaterial_id\x18\x01 \x01(\x0cH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ReadyH\x00\x42\x06\n\x04kind\"u\n\tInferOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bmaterial_id\x18\x03 \x01(\x0c\x12\x15\n\rclient_secret\x18\x04 \x01(\x0c\x12\x10\n\x08timeline\x18\x05 \x01(\x08\"^\n\x07InferUp\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.relucent.v1.InferOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\">\n\x0e\x44iscardRequest\x12\x14\n\x0cmaterial_ids\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63lient_secrets\x18\x02 \x03(\x0c\"m\n\x0cRegisterOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1b\n\x13registration_secret\x18\x03 \x01(\x0c\x12\x14\n\x0cpublic_bytes\x18\x04 \x01(\x04\"d\n\nRegisterUp\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.relucent.v1.RegisterOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"(\n\x0cRegistration\x12\x18\n\x10weight_mask_seed\x18\x01 \x01(\x0c\"\xdf\x01\n\x0fMaterialRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x13\n\x0bmaterial_id\x18\x04 \x01(\x0c\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\r\x12\x1d\n\x13registration_secret\x18\x07 \x01(\x0cH\x00\x12\x17\n\rclient_secret\x18\x08 \x01(\x0cH\x00\x12\x0f\n\x07mask_id\x18\t \x01(\x0c\x42\x07\n\x05proof\"K\n\x0cMaterialDown\x12\x0e\n\x04seed\x18\x01 \x01(\x0cH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind2\xbf\x03\n\tInference\x12\x38\n\x04List\x12\x18.relucent.v1.ListRequest\x1a\x16.relucent.v1.ModelList\x12<\n\x08\x44\x65scribe\x12\x1c.relucent.v1.DescribeRequest\x1a\x12.relucent.v1.Offer\x12>\n\x0b\x46\x65tchPublic\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12=\n\nFetchDelta\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12H\n\nPreprocess\x12\x19.relucent.v1.PreprocessUp\x1a\x1b.relucent.v1.PreprocessDown(\x01\x30\x01\x12\x35\n\x05Infer\x12\x14.relucent.v1.InferUp\x1a\x12.relucent.v1.Chunk(\x01\x30\x01\x12:\n\x07\x44iscard\x12\x1b.relucent.v1.DiscardRequest\x1a\x12.relucent.v1.Empty2\x97\x01\n\x07\x44\x65\x61ling\x12@\n\x08Register\x12\x17.relucent.v1.RegisterUp\x1a\x19.relucent.v1.Registration(\x01\x12J\n\rFetchMaterial\x12\x1c.relucent.v1.MaterialRequest\x1a\x19.relucent.v1.MaterialDown0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protocol/relucent.proto\x12\x0brelucent.v1\"5\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x07\n\x05\x45mpty\"\xbb\x01\n\x05Offer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x64\x65lta_id\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65lta_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cpublic_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_batch\x18\x07 \x01(\r\x12\x0c\n\x04name\x18\x08 \x01(\t\x12\x0f\n\x07mask_id\x18\t \x01(\x0c\"9\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x0bListRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"a\n\nModelEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05relus\x18\x03 \x01(\x04\x12\x0f\n\x07\x63lasses\x18\x04 \x01(\r\x12\x13\n\x0binput_shape\x18\x05 \x03(\r\"4\n\tModelList\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.relucent.v1.ModelEntry\"\\\n\x0c\x46\x65tchRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"\x82\x01\n\x0ePreprocessOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65lta_id\x18\x03 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\r\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\x12\x10\n\x08timeline\x18\x06 \x01(\x08\"h\n\x0cPreprocessUp\x12+\n\x04open\x18\x01 \x01(\x0b\x32\x1b.relucent.v1.PreprocessOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"A\n\x05Ready\x12\x14\n\x0c\x64\x65\x61ler_bytes\x18\x01 \x01(\x04\x12\x12\n\nlifetime_s\x18\x02 \x01(\x01\x12\x0e\n\x06holder\x18\x03 \x01(\x0c\"T\n\x0ePreprocessDown\x12\x15\n\x0bmaterial_id\x18\x01 \x01(\x0cH\x00\x12#\n\x05ready\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ReadyH\x00\x42\x06\n\x04kind\"u\n\tInferOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x13\n\x0bmaterial_id\x18\x03 \x01(\x0c\x12\x15\n\rclient_secret\x18\x04 \x01(\x0c\x12\x10\n\x08timeline\x18\x05 \x01(\x08\"^\n\x07InferUp\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.relucent.v1.InferOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\">\n\x0e\x44iscardRequest\x12\x14\n\x0cmaterial_ids\x18\x01 \x03(\x0c\x12\x16\n\x0e\x63lient_secrets\x18\x02 \x03(\x0c\"m\n\x0cRegisterOpen\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1b\n\x13registration_secret\x18\x03 \x01(\x0c\x12\x14\n\x0cpublic_bytes\x18\x04 \x01(\x04\"d\n\nRegisterUp\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.relucent.v1.RegisterOpenH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind\"(\n\x0cRegistration\x12\x18\n\x10weight_mask_seed\x18\x01 \x01(\x0c\"\xf1\x01\n\x0fMaterialRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x17\n\x0fregistration_id\x18\x03 \x01(\x0c\x12\x13\n\x0bmaterial_id\x18\x04 \x01(\x0c\x12\x11\n\tclient_id\x18\x05 \x01(\x0c\x12\r\n\x05\x62\x61tch\x18\x06 \x01(\r\x12\x1d\n\x13registration_secret\x18\x07 \x01(\x0cH\x00\x12\x17\n\rclient_secret\x18\x08 \x01(\x0cH\x00\x12\x0f\n\x07mask_id\x18\t \x01(\x0c\x12\x10\n\x08timeline\x18\n \x01(\x08\x42\x07\n\x05proof\"K\n\x0cMaterialDown\x12\x0e\n\x04seed\x18\x01 \x01(\x0cH\x00\x12#\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.relucent.v1.ChunkH\x00\x42\x06\n\x04kind2\xbf\x03\n\tInference\x12\x38\n\x04List\x12\x18.relucent.v1.ListRequest\x1a\x16.relucent.v1.ModelList\x12<\n\x08\x44\x65scribe\x12\x1c.relucent.v1.DescribeRequest\x1a\x12.relucent.v1.Offer\x12>\n\x0b\x46\x65tchPublic\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12=\n\nFetchDelta\x12\x19.relucent.v1.FetchRequest\x1a\x12.relucent.v1.Chunk0\x01\x12H\n\nPreprocess\x12\x19.relucent.v1.PreprocessUp\x1a\x1b.relucent.v1.PreprocessDown(\x01\x30\x01\x12\x35\n\x05Infer\x12\x14.relucent.v1.InferUp\x1a\x12.relucent.v1.Chunk(\x01\x30\x01\x12:\n\x07\x44iscard\x12\x1b.relucent.v1.DiscardRequest\x1a\x12.relucent.v1.Empty2\x97\x01\n\x07\x44\x65\x61ling\x12@\n\x08Register\x12\x17.relucent.v1.RegisterUp\x1a\x19.relucent.v1.Registration(\x01\x12J\n\rFetchMaterial\x12\x1c.relucent.v1.MaterialRequest\x1a\x19.relucent.v1.MaterialDown0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,32 +47,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELLIST']._serialized_end=545
   _globals['_FETCHREQUEST']._serialized_start=547
   _globals['_FETCHREQUEST']._serialized_end=639
-  _globals['_PREPROCESSOPEN']._serialized_start=641
-  _globals['_PREPROCESSOPEN']._serialized_end=753
-  _globals['_PREPROCESSUP']._serialized_start=755
-  _globals['_PREPROCESSUP']._serialized_end=859
-  _globals['_READY']._serialized_start=861
-  _globals['_READY']._serialized_end=926
-  _globals['_PREPROCESSDOWN']._serialized_start=928
-  _globals['_PREPROCESSDOWN']._serialized_end=1012
-  _globals['_INFEROPEN']._serialized_start=1014
-  _globals['_INFEROPEN']._serialized_end=1131
-  _globals['_INFERUP']._serialized_start=1133
-  _globals['_INFERUP']._serialized_end=1227
-  _globals['_DISCARDREQUEST']._serialized_start=1229
-  _globals['_DISCARDREQUEST']._serialized_end=1291
-  _globals['_REGISTEROPEN']._serialized_start=1293
-  _globals['_REGISTEROPEN']._serialized_end=1402
-  _globals['_REGISTERUP']._serialized_start=1404
-  _globals['_REGISTERUP']._serialized_end=1504
-  _globals['_REGISTRATION']._serialized_start=1506
-  _globals['_REGISTRATION']._serialized_end=1546
-  _globals['_MATERIALREQUEST']._serialized_start=1549
-  _globals['_MATERIALREQUEST']._serialized_end=1772
-  _globals['_MATERIALDOWN']._serialized_start=1774
-  _globals['_MATERIALDOWN']._serialized_end=1849
-  _globals['_INFERENCE']._serialized_start=1852
-  _globals['_INFERENCE']._serialized_end=2299
-  _globals['_DEALING']._serialized_start=2302
-  _globals['_DEALING']._serialized_end=2453
+  _globals['_PREPROCESSOPEN']._serialized_start=642
+  _globals['_PREPROCESSOPEN']._serialized_end=772
+  _globals['_PREPROCESSUP']._serialized_start=774
+  _globals['_PREPROCESSUP']._serialized_end=878
+  _globals['_READY']._serialized_start=880
+  _globals['_READY']._serialized_end=945
+  _globals['_PREPROCESSDOWN']._serialized_start=947
+  _globals['_PREPROCESSDOWN']._serialized_end=1031
+  _globals['_INFEROPEN']._serialized_start=1033
+  _globals['_INFEROPEN']._serialized_end=1150
+  _globals['_INFERUP']._serialized_start=1152
+  _globals['_INFERUP']._serialized_end=1246
+  _globals['_DISCARDREQUEST']._serialized_start=1248
+  _globals['_DISCARDREQUEST']._serialized_end=1310
+  _globals['_REGISTEROPEN']._serialized_start=1312
+  _globals['_REGISTEROPEN']._serialized_end=1421
+  _globals['_REGISTERUP']._serialized_start=1423
+  _globals['_REGISTERUP']._serialized_end=1523
+  _globals['_REGISTRATION']._serialized_start=1525
+  _globals['_REGISTRATION']._serialized_end=1565
+  _globals['_MATERIALREQUEST']._serialized_start=1568
+  _globals['_MATERIALREQUEST']._serialized_end=1809
+  _globals['_MATERIALDOWN']._serialized_start=1811
+  _globals['_MATERIALDOWN']._serialized_end=1886
+  _globals['_INFERENCE']._serialized_start=1889
+  _globals['_INFERENCE']._serialized_end=2336
+  _globals['_DEALING']._serialized_start=2339
+  _globals['_DEALING']._serialized_end=2490
 # @@protoc_insertion_point(module_scope)

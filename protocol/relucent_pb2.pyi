@@ -89,18 +89,20 @@ class FetchRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class PreprocessOpen(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "delta_id", "batch", "client_id")
+    __slots__ = ("protocol_version", "model_id", "delta_id", "batch", "client_id", "timeline")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DELTA_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     delta_id: bytes
     batch: int
     client_id: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., client_id: _Optional[bytes] = ...) -> None: ...
+    timeline: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., delta_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., client_id: _Optional[bytes] = ..., timeline: _Optional[bool] = ...) -> None: ...
 
 class PreprocessUp(_message.Message):
     __slots__ = ("open", "chunk")
@@ -185,7 +187,7 @@ class Registration(_message.Message):
     def __init__(self, weight_mask_seed: _Optional[bytes] = ...) -> None: ...
 
 class MaterialRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_id", "registration_id", "material_id", "client_id", "batch", "registration_secret", "client_secret", "mask_id")
+    __slots__ = ("protocol_version", "model_id", "registration_id", "material_id", "client_id", "batch", "registration_secret", "client_secret", "mask_id", "timeline")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +197,7 @@ class MaterialRequest(_message.Message):
     REGISTRATION_SECRET_FIELD_NUMBER: _ClassVar[int]
     CLIENT_SECRET_FIELD_NUMBER: _ClassVar[int]
     MASK_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_id: str
     registration_id: bytes
@@ -204,7 +207,8 @@ class MaterialRequest(_message.Message):
     registration_secret: bytes
     client_secret: bytes
     mask_id: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., material_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., registration_secret: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ..., mask_id: _Optional[bytes] = ...) -> None: ...
+    timeline: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., model_id: _Optional[str] = ..., registration_id: _Optional[bytes] = ..., material_id: _Optional[bytes] = ..., client_id: _Optional[bytes] = ..., batch: _Optional[int] = ..., registration_secret: _Optional[bytes] = ..., client_secret: _Optional[bytes] = ..., mask_id: _Optional[bytes] = ..., timeline: _Optional[bool] = ...) -> None: ...
 
 class MaterialDown(_message.Message):
     __slots__ = ("seed", "chunk")

@@ -1,12 +1,16 @@
-"""Where the time of one party's online phase goes: every moment belongs to one kind of work in one layer."""
+"""Where the time of one party's phase goes: every moment belongs to one kind of work in one layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from protocol.channel import Buffer, Receiver, Sender
+
 KINDS = ("setup", "linear", "elementwise", "squares", "comparison", "send", "wait")
-"""Until the first message, opening of the call and taking of material included; private maps; truncation, masks and copies; squares;
-DCF evaluation; handing messages over; waiting for the peer."""
+"""Of the online phase. Until the first message, opening of the call and taking of material included; private maps; truncation, masks and
+copies; squares; DCF evaluation; handing messages over; waiting for the peer."""
+PREPROCESSING_KINDS = ("setup", "linear", "randomness", "keys", "elementwise", "send", "wait", "store")
+"""Likewise; and expanding seeds; making DCF keys; putting the material into the stock. Squares are elementwise here."""
 
 
 class Timeline:
@@ -35,10 +39,31 @@ class Timeline:
             self.layers.append((layer, self._current))
             self._current = {}
 
-    def totals(self) -> dict[str, float]:
-        """Seconds of each kind."""
-        return {kind: sum(laps.get(kind, 0.0) for _, laps in self.layers) for kind in KINDS}
-
     def describe(self) -> list[dict[str, object]]:
         """The layers as JSON-ready dictionaries, milliseconds by kind."""
         return [{"layer": name, **{kind: round(1e3 * seconds, 4) for kind, seconds in laps.items()}} for name, laps in self.layers]
+
+
+class TimedReceiver:
+    """A receiver whose every message is waited for; the time before it was elementwise work."""
+
+    def __init__(self, source: Receiver, timeline: Timeline) -> None:
+        self._source, self._timeline = source, timeline
+
+    def receive(self, length: int) -> bytearray:
+        self._timeline.lap("elementwise")
+        data = self._source.receive(length)
+        self._timeline.lap("wait")
+        return data
+
+
+class TimedSender:
+    """A sender whose messages are handed over; the time before each was elementwise work."""
+
+    def __init__(self, target: Sender, timeline: Timeline) -> None:
+        self._target, self._timeline = target, timeline
+
+    def send(self, *parts: Buffer) -> None:
+        self._timeline.lap("elementwise")
+        self._target.send(*parts)
+        self._timeline.lap("send")

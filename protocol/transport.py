@@ -320,15 +320,21 @@ def pack_timeline(timeline: Timeline) -> bytes:
     return zlib.compress(json.dumps(timeline.describe()).encode())
 
 
+def timeline_of(call: Any) -> tuple[dict[str, Any], ...]:
+    """What the peer of a call that ends tells of its time, nothing if it does not. Waits for the end. Raises ProtocolViolation."""
+    told = [v for k, v in call.trailing_metadata() or () if k == TIMELINE_KEY and isinstance(v, bytes)]
+    return tuple(unpack_timeline(told[0])) if told else ()
+
+
 def unpack_timeline(data: bytes) -> list[dict[str, Any]]:
     """Inverse of `pack_timeline`. Raises ProtocolViolation."""
     try:
         text = zlib.decompressobj().decompress(data, 1 << 20)
         layers = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
-        raise ProtocolViolation("the server sent an unreadable timeline") from error
+        raise ProtocolViolation("the peer sent an unreadable timeline") from error
     if not isinstance(layers, list) or not all(isinstance(layer, dict) and _is_layer(layer) for layer in layers):
-        raise ProtocolViolation("the server sent an unreadable timeline")
+        raise ProtocolViolation("the peer sent an unreadable timeline")
     return layers
 
 

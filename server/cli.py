@@ -175,6 +175,7 @@ def serve_dealer(
     listen_servers: Annotated[str | None, typer.Option(help="HOST:PORT for servers, which show their certificate.")] = None,
     certificate: Certificate = None, key: Key = None, ca: Ca = None, insecure: Insecure = None, master_key: MasterKey = None,
     deals: Annotated[int | None, typer.Option(help="Dealings at once.")] = None,
+    timelines: Annotated[bool | None, typer.Option("--timelines", help="Tell clients that ask how long the dealer took for what.")] = None,
     metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
     """Deal until SIGTERM. Prints one line with the address once it is ready."""

@@ -123,7 +123,7 @@ class DealerSettings(Settings):
 
     listen: for clients, and in plaintext for servers too. listen_servers: for servers, with a certificate of `ca`.
     master_key: file from which the masks of registered models are derived, so that they stay the same over restarts.
-    deals: dealings at once. registrations: models held.
+    deals: dealings at once. registrations: models held. timelines: tell clients that ask how long what took.
     """
 
     model_config = SettingsConfigDict(env_prefix="RELUCENT_DEALER_", extra="forbid")
@@ -133,6 +133,7 @@ class DealerSettings(Settings):
     master_key: Path | None = None
     deals: PositiveInt = 4
     registrations: PositiveInt = 16
+    timelines: bool = False
 
     @model_validator(mode="after")
     def _servers(self) -> DealerSettings:

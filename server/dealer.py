@@ -39,7 +39,19 @@ from protocol.errors import (
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.transport import Session, answering, certified, is_plaintext, next_kind, run_session, time_limit, when_over
+from protocol.timeline import Timeline
+from protocol.transport import (
+    TIMELINE_KEY,
+    Session,
+    answering,
+    certified,
+    is_plaintext,
+    next_kind,
+    pack_timeline,
+    run_session,
+    time_limit,
+    when_over,
+)
 from protocol.wire import ID_BYTES, SECRET_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version
 from server.metrics import Metrics
 
@@ -68,40 +80,55 @@ class _Registration:
 class _Meeting:
     """The two requests for one material, bound to registration, batch and client.
 
-    `claimed` parties have come, `served` ones have got all; each gets chunks through its own bounded queue.
+    `claimed` parties have come, `gone` ones have left; each gets chunks through its own bounded queue. `dealt`: all is made.
     """
 
     registration_id: bytes
     batch: int
     client_id: bytes
     claimed: set[str] = field(default_factory=set)
-    served: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
+    dealt: bool = False
     both: threading.Event = field(default_factory=threading.Event)
     dead: threading.Event = field(default_factory=threading.Event)
     queues: dict[str, queue.Queue[Any]] = field(default_factory=lambda: {p: queue.Queue(maxsize=16) for p in ("client", "server")})
 
     def put(self, party: str, message: Any) -> None:
+        """Queue a part of what is dealt. Raises PeerError if a party has left, or leaves its queue full."""
+        if self.gone or not self._queued(party, message, lambda: bool(self.gone)):
+            self.dead.set()
+            raise PeerError("a party left or stalled while its material was dealt")
+
+    def finish(self) -> None:
+        """All is dealt. Whoever has all of it by now may have hung up without waiting to be told."""
+        self.dealt = True
+        for party in self.queues:
+            if not self._queued(party, None, lambda: party in self.gone) and party not in self.gone:  # noqa: B023  # used at once
+                self.dead.set()
+
+    def _queued(self, party: str, message: Any, over: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + STALL_S
-        while not self.dead.is_set():
-            try:
+        while not (over() or self.dead.is_set()) and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Full):
                 self.queues[party].put(message, timeout=0.2)
-                return
-            except queue.Full:
-                if time.monotonic() > deadline:
-                    self.dead.set()
-        raise PeerError("a party left or stalled while its material was dealt")
+                return True
+        return False
 
     def left(self, party: str) -> None:
-        """The party's call is over; unless it got all, nobody gets any more."""
-        if party not in self.served:
+        """The party's call is over. Before dealing begins that ends the meeting; later it ends when more is dealt."""
+        self.gone.add(party)
+        if not self.both.is_set():
             self.dead.set()
             self.both.set()
 
     def take(self, party: str) -> Any:
+        """What comes next for a party, None after all. Raises PeerError."""
         while True:
             try:
                 return self.queues[party].get(timeout=0.2)
             except queue.Empty:
+                if self.dealt and party in self.gone:
+                    return None
                 if self.dead.is_set():
                     raise PeerError("the other party left, or dealing failed; the material is destroyed") from None
 
@@ -114,12 +141,12 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
     Args:
         max_deals: dealings at once. max_registrations: models held. master: 32 bytes from which masks of weights are derived;
             None for fresh ones. plaintext: let calls without TLS in, whoever they come from. meeting_s: how long a party waits
-            for the other.
+            for the other. timelines: whether a client is told, if it asks, how long what took.
     """
 
     def __init__(self, max_deals: int = 4, max_registrations: int = 16, master: bytes | None = None, plaintext: bool = False,
-                 metrics: Metrics | None = None, meeting_s: float = MEETING_S) -> None:
-        self._meeting_s = meeting_s
+                 metrics: Metrics | None = None, meeting_s: float = MEETING_S, timelines: bool = False) -> None:
+        self._meeting_s, self._timelines = meeting_s, timelines
         self._master = master or secrets.token_bytes(32)
         self._plaintext, self._metrics = plaintext, metrics or Metrics("dealer")
         self._registrations: OrderedDict[bytes, _Registration] = OrderedDict()
@@ -186,18 +213,23 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                 hand_over(registration, meeting, session.send)
 
         def hand_over(registration: _Registration, meeting: _Meeting, transmit: Callable[[Any], None]) -> None:
+            timed = self._timelines and request.timeline and party == "client"
+            timeline = Timeline(time.perf_counter if timed else None)
             try:
                 if not meeting.both.wait(self._meeting_s):
                     raise PeerTimeout("the other party did not ask for its part in time")
                 if party == "client":  # one of the two handlers does the work
-                    threading.Thread(target=copy_context().run, args=(self._deal, registration, meeting), daemon=True, name="deal").start()
+                    threading.Thread(target=copy_context().run, args=(self._deal, registration, meeting, timeline), daemon=True,
+                                     name="deal").start()
                 while (message := meeting.take(party)) is not None:
                     if isinstance(message, RelucentError):
                         raise message
                     transmit(message)
-                meeting.served.add(party)
+                if timed:
+                    context.set_trailing_metadata(((TIMELINE_KEY, pack_timeline(timeline)),))
             except BaseException:
-                meeting.dead.set()
+                if not meeting.dealt:
+                    meeting.dead.set()
                 raise
             finally:
                 with self._lock:
@@ -257,7 +289,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             meeting.left("client")
             del self._meetings[material_id]
 
-    def _deal(self, registration: _Registration, meeting: _Meeting) -> None:
+    def _deal(self, registration: _Registration, meeting: _Meeting, timeline: Timeline) -> None:
         try:
             if not self._slots.acquire(timeout=MEETING_S):
                 raise ResourceLimit("the dealer is busy")
@@ -268,9 +300,9 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                 for party in ("client", "server"):
                     meeting.put(party, pb.MaterialDown(seed=seeds[party].reveal()))
                     senders[party] = ChunkSender(lambda chunk, p=party: meeting.put(p, pb.MaterialDown(chunk=chunk)))  # type: ignore[misc]
-                deal(plan, registration.masks, seeds["client"], seeds["server"], senders["client"], senders["server"])
-                for party in ("client", "server"):
-                    meeting.put(party, None)
+                timeline.lap("setup")
+                deal(plan, registration.masks, seeds["client"], seeds["server"], senders["client"], senders["server"], timeline)
+                meeting.finish()
             finally:
                 self._slots.release()
                 self._metrics.bytes.labels("out").inc(sum(sender.bytes for sender in senders.values()))

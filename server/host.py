@@ -172,7 +172,7 @@ def run_dealer(settings: DealerSettings) -> None:
     """The dealer process, until it is told to stop."""
     master = load_key(settings.master_key) if settings.master_key is not None else None
     metrics = Metrics("dealer")
-    service = DealerService(settings.deals, settings.registrations, master, settings.insecure, metrics)
+    service = DealerService(settings.deals, settings.registrations, master, settings.insecure, metrics, timelines=settings.timelines)
     running = Running(settings, pb.DESCRIPTOR.services_by_name["Dealing"].full_name,
                       lambda server: rpc.add_DealingServicer_to_server(service, server))
     address = running.listen(settings.listen, settings.security)

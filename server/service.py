@@ -177,14 +177,17 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             opening = next_kind(session.incoming, "open")
             check_version(opening.protocol_version)
             hosted = self._catalogue.identified(opening.model_id)
-            client_id = check_bytes(opening.client_id, SECRET_BYTES, "the client id")
+            check_bytes(opening.client_id, SECRET_BYTES, "the client id")
             plan, published = self._plan(hosted, opening.batch), hosted.published()
             if not hmac.compare_digest(opening.delta_id, published.delta_id):
                 raise ModelMismatch("the client's Delta is outdated", "fetch Delta again")
             with self._sessions.slot(identity.uri):
-                prepare(identity, session, hosted, plan, published, client_id)
+                prepare(identity, session, hosted, plan, published, opening)
 
-        def prepare(identity: Identity, session: Session, hosted: HostedModel, plan: Plan, published: Published, client_id: bytes) -> None:
+        def prepare(identity: Identity, session: Session, hosted: HostedModel, plan: Plan, published: Published,
+                    opening: pb.PreprocessOpen) -> None:
+            client_id, timed = opening.client_id, self._limits.timelines and opening.timeline
+            timeline = Timeline(time.perf_counter if timed else None)
             material_id = self._stock.reserve(plan, client_id, identity.uri)
             try:
                 session.send(pb.PreprocessDown(material_id=material_id))
@@ -194,8 +197,13 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                     hosted.register_again(published.delta_id)
                     raise
                 from_client = ChunkReceiver(lambda: next_kind(session.incoming, "chunk"))
-                contents = preprocess_server(plan, DealtToServer(plan, seed, source), from_client)
+                timeline.lap("setup")
+                contents = preprocess_server(plan, DealtToServer(plan, seed, source, timeline), from_client, timeline)
                 self._stock.store(material_id, plan, contents)
+                timeline.lap("store")
+                timeline.close("ready")
+                if timed:
+                    context.set_trailing_metadata(((TIMELINE_KEY, pack_timeline(timeline)),))
                 self._metrics.bytes.labels("in").inc(from_client.bytes + source.bytes)
                 self._metrics.bytes.labels("out").inc(ID_BYTES + 2 * FRAME_BYTES)
                 session.send(pb.PreprocessDown(ready=pb.Ready(

@@ -114,15 +114,16 @@ def serving(root: Path) -> Iterator[Serve]:
 
     def run(*models: Model, stock_bytes: int = 4 << 30, client_bytes: int = 4 << 30, lifetime_s: float = 3600.0, slots: int = 4,
             client_slots: int = 4, waiting: int = 64, wait_s: float = 30.0, folder: Path | None = None, url: str = "sqlite://",
-            **limits: float) -> Services:
-        dealer = DealerService(plaintext=True)
+            timelines: bool = False, **limits: float) -> Services:
+        dealer = DealerService(plaintext=True, timelines=timelines)
         dealer_server, dealer_address = start(lambda s: rpc.add_DealingServicer_to_server(dealer, s))
         state = State(url, bytes(32))
         catalogue = Catalogue(connect(dealer_address, PLAINTEXT), state, 600.0)
         catalogue.replace(list(models), 10)
         stock = Stock(state, folder=folder, limit_bytes=stock_bytes, client_bytes=client_bytes, lifetime_s=lifetime_s)
         sessions = Sessions(slots, client_slots, waiting, waiting, wait_s)
-        service = InferenceService(catalogue, stock, Access(state, True), sessions, Metrics("server"), Limits(**limits))  # type: ignore[arg-type]
+        bounds = Limits(**limits, timelines=timelines)  # type: ignore[arg-type]
+        service = InferenceService(catalogue, stock, Access(state, True), sessions, Metrics("server"), bounds)
         server, address = start(lambda s: rpc.add_InferenceServicer_to_server(service, s))
         started.append(Services(address, dealer_address, service, catalogue, stock, state, sessions, dealer, dealer_server, server,
                                 root / "cache"))

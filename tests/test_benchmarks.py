@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import methods
 from benchmarks import sweep as sweeping
-from benchmarks.latency import add_bytes, timelines
+from benchmarks.latency import add_bytes, preprocessing_timelines, timelines
 from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
@@ -25,7 +25,7 @@ from model_opt.networks import build
 from protocol.errors import InputError
 from protocol.links import LINKS
 from protocol.plan import make_plan
-from protocol.timeline import KINDS
+from protocol.timeline import KINDS, PREPROCESSING_KINDS
 from tests.samples import network_info
 from tests.test_data import folders
 
@@ -45,6 +45,7 @@ def sweep_row(relus: int = 12_900, link: str = "loopback", batch: int = 1, **oth
             "limits": {"int64_ms": 40.0, "linear_ms": 20.0, "aes_ms": 1.0, "serialisation_ms": 2.0, "bandwidth_ms": 0.0,
                        "dealing_ms": 150.0},
             "timeline": {"client": timeline, "server": timeline, "layers": [{"layer": "input", **timeline}, {"layer": "relu", **timeline}]},
+            "preprocessing_timeline": {party: dict.fromkeys(PREPROCESSING_KINDS, 20.0) for party in ("client", "server", "dealer")},
             "cpu": "a CPU, 2 cores", "load_average": [0.1, 0, 0], "versions": {"torch": "2"}, "date": "2026-01-01", "commit": "abc"} | other
 
 
@@ -94,6 +95,15 @@ def test_waiting_is_split_into_the_clients_work_and_the_link() -> None:
     assert sum(v for k, v in result["layers"][1].items() if k != "layer") == 49
     two = timelines([run | {"streams": 2}])
     assert two["server"]["linear"] == 22.5  # sums over the streams, told for one
+
+
+def test_preprocessing_is_told_for_all_parties() -> None:
+    layers = [{"layer": "relu", "setup": 10.0, "linear": 30.0}, {"layer": "output", "linear": 5.0, "wait": 3.0}]
+    run = {"timeline": layers, "server_timeline": layers[:1], "dealer_timeline": [], "seconds": 0.048}
+    told = preprocessing_timelines([run, run, run | {"timeline": layers[1:]}])
+    assert told["client"] == dict.fromkeys(PREPROCESSING_KINDS, 0.0) | {"setup": 10.0, "linear": 35.0, "wait": 3.0}
+    assert told["server"]["linear"] == 30 and set(told["dealer"].values()) == {0.0}
+    assert told["coverage"] == {"client": 1.0, "server": pytest.approx(40 / 48, abs=1e-4), "dealer": 0.0}
 
 
 def test_bytes_of_all_layers_are_those_of_the_inference() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import parallel, ring
+from protocol.prg import Seed
 from protocol.ring import Party
 
 WORDS = st.integers(-(2**63), 2**63 - 1)
@@ -179,3 +180,21 @@ def test_bytes_round_trip() -> None:
     x = torch.tensor([[1, -1], [2**63 - 1, -(2**63)]])
     assert bytes(ring.to_bytes(x)[:8]) == b"\x01" + bytes(7)
     assert torch.equal(ring.from_bytes(bytes(ring.to_bytes(x)), (2, 2)), x)
+
+
+@pytest.mark.parametrize(("stride", "padding", "size"), [((1, 1), (1, 1), (4, 4)), ((2, 1), (0, 1), (5, 3)), ((2, 2), (1, 0), (3, 6))])
+def test_kernels_laid_out_by_outputs_give_the_same(stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = Seed.fresh()
+    x, weight = seed.ring("x", (2, 5, *size)), seed.ring("w", (7, 5, 3, 2))
+    assert ring.outputs_last(weight) is weight  # too small
+    monkeypatch.setattr(ring, "OUTPUTS_LAST_WEIGHTS", 1)
+    matrix = seed.ring("m", (4, 3))
+    assert ring.outputs_last(matrix) is matrix
+    laid_out = ring.outputs_last(weight)
+    assert torch.equal(laid_out, weight) and ring.is_outputs_last(laid_out) and not ring.is_outputs_last(weight)
+    assert bytes(ring.to_bytes(laid_out)) == bytes(ring.to_bytes(weight))
+    how = ring.Convolution(stride, padding, (1, 1), 1)
+    assert torch.equal(how(x, laid_out), how(x, weight))
+    dilated = ring.Convolution((1, 1), (2, 2), (2, 2), 1)
+    assert torch.equal(dilated(x, laid_out), dilated(x, weight))

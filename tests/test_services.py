@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -31,10 +32,12 @@ from protocol.errors import (
     VersionMismatch,
 )
 from protocol.model import Model
+from protocol.timeline import KINDS, PREPROCESSING_KINDS
 from protocol.transport import STATUS, answering, connect, translate
 from protocol.wire import FRAME_BYTES, to_chunks
+from server import dealer as dealing_service
 from server.catalogue import HostedModel
-from server.dealer import DealerService
+from server.dealer import DealerService, _Meeting
 from server.state import State
 from tests.services import PIXELS, PLAINTEXT, Serve, Services, agrees, infer_messages, preprocess_open, start, steal, wait_for
 
@@ -54,6 +57,77 @@ def test_predictions_batches_and_costs(serve: Serve, mixed_model: Model) -> None
         assert result.label == mixed_model.public.classes[result.index]
         with pytest.raises(InputError, match=r"1\.\.3"):
             client.preprocess(1, batch=4)
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_all_parties_tell_where_the_time_goes(batch: int, serve: Serve, mixed_model: Model) -> None:
+    """Both phases, layer by layer in order; a party's parts sum to no more than the phase took, the client's to all of it."""
+    with serve(mixed_model, timelines=True).client(timeline=True) as client:
+        client.preprocess(1, batch)
+        client.predict(PIXELS[:1].expand(batch, -1, -1, -1))
+        phases = (("ready", client.last_preprocessing, PREPROCESSING_KINDS, 3), ("input", client.last_online, KINDS, 2))
+        layers = [step.layer.name for step in client._offer.plan(1).activations]
+    for extra, cost, kinds, parties in phases:
+        assert cost is not None
+        told = [cost.timeline, cost.server_timeline, cost.dealer_timeline]
+        assert [bool(timeline) for timeline in told] == [True, True, parties == 3]
+        for timeline in told[:parties]:
+            names = [layer["layer"] for layer in timeline]
+            assert [name for name in names if name != extra] == [*layers, "output"]
+            assert {kind for layer in timeline for kind in layer} <= {"layer", *kinds}
+            assert 0 < _spent(timeline) <= 1e3 * cost.seconds * cost.streams + 1
+    assert client.last_preprocessing is not None and client.last_preprocessing.streams == (1 if batch == 1 else 2)
+    assert _spent(client.last_preprocessing.timeline) > 0.9e3 * client.last_preprocessing.seconds
+
+
+def _spent(timeline: tuple[dict[str, Any], ...]) -> float:
+    """Milliseconds."""
+    return float(sum(ms for layer in timeline for kind, ms in layer.items() if kind != "layer"))
+
+
+def test_who_has_all_may_hang_up_and_who_has_not_ends_the_dealing() -> None:
+    def meeting() -> _Meeting:
+        one = _Meeting(bytes(32), 1, bytes(32))
+        one.both.set()
+        one.put("client", "chunk")
+        return one
+
+    done = meeting()
+    done.left("server")  # between its last chunk and the end
+    done.finish()
+    assert [done.take("client"), done.take("client"), done.take("server")] == ["chunk", None, None]
+    broken = meeting()
+    broken.left("server")
+    with pytest.raises(PeerError, match="a party left"):
+        broken.put("client", "more")
+    assert broken.take("client") == "chunk"
+    for party in ("client", "server"):
+        with pytest.raises(PeerError, match="the other party left"):
+            broken.take(party)
+    alone = _Meeting(bytes(32), 1, bytes(32))
+    alone.left("client")
+    assert alone.both.is_set()
+    with pytest.raises(PeerError):
+        alone.take("server")
+
+
+def test_a_party_that_reads_nothing_ends_the_dealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dealing_service, "STALL_S", 0.3)
+    for end in (lambda m: m.put("client", "more"), lambda m: m.finish()):
+        full = _Meeting(bytes(32), 1, bytes(32))
+        while not full.queues["client"].full():
+            full.put("client", "chunk")
+        with contextlib.suppress(PeerError):
+            end(full)
+        assert full.dead.is_set()
+
+
+def test_nobody_tells_where_the_time_goes_unless_allowed_and_asked(serve: Serve, mixed_model: Model) -> None:
+    for allowed, asked in ((False, True), (True, False)):
+        with serve(mixed_model, timelines=allowed).client(timeline=asked) as client:
+            client.predict(PIXELS[:1])
+            for cost in (client.last_preprocessing, client.last_online):
+                assert cost is not None and not cost.server_timeline and not cost.dealer_timeline and bool(cost.timeline) is asked
 
 
 @pytest.mark.parametrize(("streams", "count", "parts"), [(2, 9, [5, 4]), (3, 8, [3, 3, 2]), (2, 7, [7]), (1, 9, [9])])
