@@ -32,6 +32,7 @@ from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Measure private inference.")
+Emulation = Annotated[str, typer.Option(help="How slow links are made: netem (Linux, root), relay, or auto: netem where it works.")]
 
 
 @app.callback()
@@ -75,6 +76,7 @@ def latency(
     runs: Annotated[int, typer.Option(help="Measured runs; one more warms up.", min=1)] = 7,
     crypten: Annotated[bool, typer.Option(help="Also run the graph on CrypTen (batch 1).")] = True,
     link: Annotated[str, typer.Option(help="Between client and the others: loopback, lan, wan, mobile.")] = "loopback",
+    emulation: Emulation = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Private inference in three processes, beside plaintext PyTorch and CrypTen."""
@@ -94,7 +96,7 @@ def latency(
             except ValueError as error:
                 raise InputError(str(error)) from error
         result = measure(loaded, network, width, batch=batch, runs=runs, crypten=crypten, say=status.update, images=pixels,
-                         link=LINKS[link])
+                         link=LINKS[link], emulation=emulation)
     if as_json:
         print(json.dumps(result))
     else:
@@ -178,6 +180,7 @@ def sweep(
     widths: Annotated[str, typer.Option(help="Channels of the first stage; the first is the base.")] = "64,32,16",
     batches: Annotated[str, typer.Option(help="Images in one inference; the first is the base.")] = "1,8,32",
     links: Annotated[str, typer.Option(help="loopback, lan, wan, mobile; the first is the base.")] = "loopback,lan,wan,mobile",
+    emulation: Emulation = "auto",
     runs: Annotated[int, typer.Option(help="Measured runs of each, fewer on slow links; one more warms up.", min=1)] = 7,
     out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "sweep.json",
     as_json: AsJson = False,
@@ -193,7 +196,7 @@ def sweep(
             result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
                                       _counts(batches, "--batches"), names), runs, status.update,
-                               lambda result: _write_json(unfinished, result))
+                               lambda result: _write_json(unfinished, result), emulation)
         except ValueError as error:
             raise InputError(str(error)) from error
     _store(result, out, as_json)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.emulation import emulated
 from benchmarks.peers.run import run_peers
 from benchmarks.plaintext import Plaintext, rounding_bound
 from benchmarks.processes import environment, peak_rss_mb, serving
-from benchmarks.relay import linked
 from protocol.errors import PeerError
 from protocol.inference import normalise_images
 from protocol.links import LINKS, Link
@@ -128,7 +128,7 @@ def random_images(*shape: int) -> np.ndarray[Any, Any]:
 
 
 def measure(model: Model, network: str, width: int, *, batch: int, runs: int, crypten: bool, say: Say,
-            images: np.ndarray[Any, Any] | None = None, link: Link = LINKS["loopback"]) -> dict[str, Any]:  # frozen
+            images: np.ndarray[Any, Any] | None = None, link: Link = LINKS["loopback"], emulation: str = "auto") -> dict[str, Any]:
     """All figures of one network as a JSON-ready dictionary; see docs/benchmarks.md for the meaning of each.
 
     link: between the client and the other two; server and dealer are next to each other.
@@ -144,10 +144,10 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         say("plaintext")
         plaintext = measure_plaintext(model, images, max(runs, 7))
         say("private inference")
-        with serving(path, "--max-batch", str(max(batch, 32))) as roles, linked(roles.server, link) as server, \
-                linked(roles.dealer, link) as dealer:
+        with emulated(link, emulation) as way, serving(path, "--max-batch", str(max(batch, 32)), host=way.host) as roles, \
+                way.to(roles.server) as server, way.to(roles.dealer) as dealer:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.client_role", server, dealer, str(image_path), str(runs + 1), folder],
+                [*way.prefix, sys.executable, "-m", "benchmarks.client_role", server, dealer, str(image_path), str(runs + 1), folder],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             private = _finished(process, "the client", say)
             memory = {"client": private["peak_rss_mb"], "server": peak_rss_mb(roles.server_pid),
@@ -191,7 +191,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
                                 "dealer_to_client": last_pre["dealer_bytes"], "dealer_to_server": last_pre["dealer_to_server_bytes"]},
         "online_tcp_bytes": last_online["tcp_bytes"],
         "preprocessing_tcp_bytes": last_pre["tcp_bytes"] + last_pre["dealer_to_server_bytes"],
-        "link": link.name, "streams": last_online["streams"],
+        "link": link.name, "emulation": way.emulation, "streams": last_online["streams"],
         "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"] + last_online["bytes_down"]), 2),
         "timeline": timelines(private["online"][1:]), "preprocessing_timeline": preprocessing_timelines(private["preprocessing"][1:]),
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,

@@ -117,11 +117,11 @@ def _stopping(running: list[subprocess.Popen[str]]) -> Iterator[None]:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Roles]:
-    """A dealer and a server for `model` on free loopback ports, stopped at the end."""
+def serving(model: Path, *options: str, host: str = "127.0.0.1") -> Iterator[Roles]:
+    """A dealer and a server for `model` on free ports of an address of this machine, stopped at the end."""
     running: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory() as folder, _stopping(running):
-        base = ["serve", "--insecure", "--listen", "127.0.0.1:0", "--grace-s", "1", "--timelines"]
+        base = ["serve", "--insecure", "--listen", f"{host}:0", "--grace-s", "1", "--timelines"]
         dealer, dealer_address = _start("dealer", base, Path(folder) / "dealer.log", running)
         arguments = [*base[:1], str(model), *base[1:], "--dealer", dealer_address, *options]
         server, server_address = _start("server", arguments, Path(folder) / "server.log", running)

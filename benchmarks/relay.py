@@ -1,8 +1,7 @@
 """A relay between processes that makes loopback behave like a slower link, or a faulty one.
 
-Each direction is a queue: bytes leave it at the link's rate, and arrive half a round trip later. The kernel's own `netem` would do
-the same in network namespaces, where it exists. The relay's own delay is measured first and taken off. Checked by
-`tests/test_links.py`: round-trip time and throughput within 5% of the setting.
+Each direction is a queue: bytes leave it at the link's rate, and arrive half a round trip later. The relay's own delay is measured first
+and taken off. Checked by `tests/test_links.py`: round-trip time and throughput within 5% of the setting.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ def _write(sink: socket.socket, source: socket.socket, pending: queue.Queue[tupl
 
 
 @contextmanager
-def echo_server() -> Iterator[str]:
+def echo_server(host: str = "127.0.0.1") -> Iterator[str]:
     """A server that sends every byte back; yields its address."""
 
     def serve(one: socket.socket) -> None:
@@ -158,9 +157,9 @@ def echo_server() -> Iterator[str]:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=serve, args=(one,), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((host, 0)) as listener:
         threading.Thread(target=accept, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{host}:{listener.getsockname()[1]}"
 
 
 def round_trips(address: str, count: int) -> list[float]:
@@ -178,32 +177,28 @@ def round_trips(address: str, count: int) -> list[float]:
 
 
 def throughput(address: str, byte_count: int) -> float:
-    """Bits per second of `byte_count` bytes sent to an echo server while they come back."""
+    """Bits per second of `byte_count` bytes sent to an echo server while they come back, once half of them are there: TCP starts slowly."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), 10) as one:
-        received = [0.0, 0]
+        half: list[tuple[float, int]] = []
 
         def receive() -> None:
-            while received[1] < byte_count and (data := one.recv(1 << 16)):
-                if not received[1]:
-                    received[0] = time.perf_counter()
-                    first[0] = len(data)
-                received[1] += len(data)
+            received = 0
+            while received < byte_count and (data := one.recv(1 << 16)):
+                received += len(data)
+                if not half and 2 * received >= byte_count:
+                    half.append((time.perf_counter(), received))
 
-        first = [0]
         reader = threading.Thread(target=receive)
         reader.start()
         one.sendall(bytes(byte_count))
         reader.join()
-        return 8 * (byte_count - first[0]) / (time.perf_counter() - received[0])
+        return 8 * (byte_count - half[0][1]) / (time.perf_counter() - half[0][0])
 
 
 @contextmanager
-def linked(target: str, link: Link) -> Iterator[str]:
-    """A relay to `target` in a process of its own; yields the address to use instead. Loopback needs none."""
-    if link.rtt_s == 0 and link.bits_per_s == 0:
-        yield target
-        return
+def relayed(target: str, link: Link) -> Iterator[str]:
+    """A relay to `target` in a process of its own; yields the address to use instead."""
     command = [sys.executable, "-c", f"from benchmarks.relay import main; main({target!r}, {link.name!r})"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -212,15 +207,6 @@ def linked(target: str, link: Link) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
-
-
-def measure_link(name: str) -> None:
-    """Print what an emulated link really gives, as JSON: median round trip in seconds, and bits per second."""
-    link = LINKS[name]
-    with echo_server() as address, linked(address, link) as through:
-        times = sorted(round_trips(through, 300 if link.rtt_s < 0.01 else 8))
-        rate = throughput(through, int(link.bits_per_s / 8 * 0.4))
-    print(json.dumps({"rtt_s": times[len(times) // 2], "bits_per_s": rate}))
 
 
 def measure_capacity() -> None:

@@ -256,7 +256,8 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
                       f"{1e3 * r['batch'] / r['online_ms']:.1f}", str(r["runs"])])
     table = _table(("ReLUs", "squares", "network", "batch", "link", "online ms (min-max)", "of plaintext", "of foretold", "online MB",
                     "preprocessing ms", "preprocessing MB", "total ms", "images/s online", "n"), lines)
-    links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s" for name, m in sweep.get("links", {}).items()]
+    links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s ({m.get('emulation', 'relay')})"
+             for name, m in sweep.get("links", {}).items()]
     notes = ["", "Foretold: rounds x RTT + bytes / bandwidth + the online time on loopback."]
     astray = [f"{r['relus']:,} ReLUs, {r['link']}" for r in sweep["rows"]
               if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]

@@ -69,13 +69,15 @@ def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int |
             *(replace(base, link=link, relus=r) for link in links[1:] for r in relus)]
 
 
-def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict[str, Any]], None] = lambda _: None,
+              emulation: str = "auto") -> dict[str, Any]:
     """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give.
 
-    keep: called with the result so far after each row. Raises ValueError if the first point, the base, would take too long.
+    keep: called with the result so far after each row. emulation: as in `benchmarks.emulation.emulated`.
+    Raises ValueError if the first point, the base, would take too long.
     """
     facts = environment()
-    links = {name: _measured(name) for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s}
+    links = {name: _measured(name, emulation) for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
 
@@ -96,14 +98,14 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
             continue
         say(str(point))
         row = measure(models[key], point.network, point.width, batch=point.batch, runs=max(1, min(runs, int(POINT_S / max(seconds, 1e-9)))),
-                      crypten=False, say=lambda _: None, link=LINKS[point.link])
+                      crypten=False, say=lambda _: None, link=LINKS[point.link], emulation=emulation)
         rows.append(row | {"limits": limits(models[key], point.batch, LINKS[point.link])})
         keep(result())
     return result()
 
 
-def _measured(link: str) -> dict[str, float]:
-    code = f"from benchmarks.relay import measure_link; measure_link({link!r})"
+def _measured(link: str, emulation: str) -> dict[str, Any]:
+    code = f"from benchmarks.emulation import measure_link; measure_link({link!r}, {emulation!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 

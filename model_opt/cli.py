@@ -23,7 +23,18 @@ from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
 from model_opt.runs import describe_hardware, epochs_spent, minutes_spent, table_row
-from model_opt.training import Recipe, TrainingError, TrainingFailure, accuracy, changed_settings, digest, fit, world, write_atomically
+from model_opt.training import (
+    Ensemble,
+    Recipe,
+    TrainingError,
+    TrainingFailure,
+    accuracy,
+    changed_settings,
+    digest,
+    fit,
+    world,
+    write_atomically,
+)
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
 from protocol.terminal import exit_on_error
@@ -198,7 +209,8 @@ def train(
     seed: Seed = 0,
     start: Annotated[Path | None, typer.Option(
         "--from", help="Network to go on from, in place of --network and --width; a reduced one keeps its choice of ReLUs.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="All-ReLU network to distil from.")] = None,
+    teacher: Annotated[list[Path] | None, typer.Option(
+        help="Network to distil from, of any kind; several times for the mean of several.")] = None,
     fold_in: Annotated[int, typer.Option(
         help="Validation images to train on too, for a last run whose settings are chosen; the others still validate.", min=0)] = 0,
     run: Run = None,
@@ -223,22 +235,26 @@ def train(
             raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
                      start_size=start_size, shift=shift, cutout=cutout, seed=seed)
-    mentor = None
-    if teacher is not None:
-        mentor, info = _teacher(teacher)
-        _fitting(source, info, teacher)
-        if start is not None and (info.mean, info.std) != (before.mean, before.std):
-            raise InputError(f"{teacher} and {start} normalise images differently", "distil from the network's own teacher")
+    mentors: list[nn.Module] = []
+    for path in teacher or []:
+        mentor, info = files.load_network(path)
+        _fitting(source, info, path)
+        if (start is not None or mentors) and (info.mean, info.std) != (training.mean, training.std):
+            raise InputError(f"{path} normalises images differently than {start or 'the other teacher'}",
+                             "distil from networks of the same lineage")
         training, validation = (replace(split, mean=info.mean, std=info.std) for split in (training, validation))
+        mentors.append(mentor)
     if fold_in >= len(validation):
         raise InputError(f"--fold-in {fold_in} leaves none of the {len(validation):,} validation images", "leave some to validate with")
     training, validation = training.joined(validation[:fold_in]), validation[fold_in:]
     where = run or Path("runs") / out.stem
-    score = fit(model, training, validation, recipe, where, teacher=mentor, stage=stage, label="train",
+    score = fit(model, training, validation, recipe, where, stage=stage, label="train",
+                teacher=Ensemble(mentors) if len(mentors) > 1 else mentors[0] if mentors else None,
                 settings={"network": network, "width": width, "from": origin})
     if world()[0] > 0:
         return
-    made_by = {"command": "train", "dataset": source.name, **asdict(recipe), "distil": teacher is not None, "fold_in": fold_in,
+    made_by = {"command": "train", "dataset": source.name, **asdict(recipe), "distil": bool(mentors), "teachers": len(mentors),
+               "fold_in": fold_in,
                "validation_accuracy": score, "validation_images": len(validation), "minutes": minutes_spent(where),
                "hardware": describe_hardware()}
     if start is not None:

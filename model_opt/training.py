@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,6 +164,18 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     log_p = torch.log_softmax(student / temperature, 1)
     log_q = torch.log_softmax(teacher / temperature, 1)
     return nn.functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+class Ensemble(nn.Module):
+    """Several teachers as one: the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        return torch.stack([member(x) for member in self.members]).mean(0)
 
 
 @torch.no_grad()

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.relay import Fault, Relay
+from benchmarks import emulation
+from benchmarks.emulation import netem_works
+from benchmarks.relay import Fault, Relay, echo_server, round_trips
 from client import Client
-from protocol.errors import RelucentError
+from protocol.errors import InputError, PeerError, RelucentError
 from protocol.links import LINKS, Link
 from protocol.model import Model
 from tests.services import PIXELS, Serve, agrees, wait_for
@@ -22,12 +27,16 @@ from tests.site import Site
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("how", ["relay", "netem"])
 @pytest.mark.parametrize("name", ["lan", "wan", "mobile"])
-def test_links_are_as_set(name: str) -> None:
+def test_links_are_as_set(name: str, how: str) -> None:
     """One good reading of some for each figure: a busy machine can make a link slower, not faster."""
+    if how == "netem" and not netem_works():
+        pytest.skip("this kernel has no netem, or this is not root")
     link, readings = LINKS[name], []
     for _ in range(10):
-        readings.append(_in_a_process_of_its_own(f"from benchmarks.relay import measure_link; measure_link({name!r})"))
+        readings.append(_in_a_process_of_its_own(f"from benchmarks.emulation import measure_link; measure_link({name!r}, {how!r})"))
+        assert readings[-1]["emulation"] == how
         if (any(r["rtt_s"] == pytest.approx(link.rtt_s, rel=0.05) for r in readings)
                 and any(r["bits_per_s"] == pytest.approx(link.bits_per_s, rel=0.05) for r in readings)):
             return
@@ -37,10 +46,38 @@ def test_links_are_as_set(name: str) -> None:
     pytest.fail(str(readings))
 
 
-def _in_a_process_of_its_own(code: str) -> dict[str, float]:
+def _in_a_process_of_its_own(code: str) -> dict[str, Any]:
     """What `code` prints, away from this process's many threads."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     return dict(json.loads(done.stdout))
+
+
+def test_the_relay_serves_where_netem_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "netem_works", lambda: False)
+    with emulation.emulated(LINKS["wan"]) as way, echo_server(way.host) as address, way.to(address) as through:
+        assert (way.emulation, way.prefix) == ("relay", ()) and through != address
+        assert min(round_trips(through, 2)) > 0.9 * LINKS["wan"].rtt_s
+    with emulation.emulated(LINKS["loopback"]) as way, way.to("localhost:1") as through:
+        assert (way.emulation, way.host, through) == ("", "127.0.0.1", "localhost:1")
+    for how, message in (("netem", "netem cannot be used here"), ("tbf", "unknown emulation 'tbf'")):
+        with pytest.raises(InputError, match=message), emulation.emulated(LINKS["wan"], how):
+            pass
+
+
+def test_a_link_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ip` and `tc` stand in here that note their calls; the second fails as where the kernel lacks the qdisc."""
+    calls = tmp_path / "calls"
+    for name, status in (("ip", 0), ("tc", 2)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} $* >> {calls}\necho no such qdisc >&2\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(emulation, "netem_works", lambda: True)
+    with pytest.raises(PeerError, match=r"`tc qdisc add .* netem delay 40000us rate 100000000bit .* failed: no such qdisc"), \
+            emulation.emulated(LINKS["wan"]):
+        pass
+    said = calls.read_text().splitlines()
+    assert said[0] == f"ip netns add relucent-{os.getpid()}"
+    assert said[-2:] == [f"ip link delete rl{os.getpid()}a", f"ip netns delete relucent-{os.getpid()}"]
 
 
 def test_time_on_a_link() -> None:
