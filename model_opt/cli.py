@@ -178,10 +178,15 @@ def _finished(facts: Path, settings: dict[str, Any]) -> list[dict[str, Any]] | N
 
 
 def _variants(result: methods.Reduced, made_by: dict[str, Any], path: Path) -> list[tuple[methods.Reduced, Path, dict[str, Any]]]:
-    """The network that a run made and its narrower ones, each with its file and the facts of the run."""
+    """The network that a run made and what it made besides, each with its file and the facts of the run."""
     return [(result, path, made_by)] + [
-        (narrow, path.with_stem(f"{path.stem}-width{narrow.width_factor}"),
-         {**made_by, "relus": narrow.relus, "validation_accuracy": narrow.validation_accuracy}) for narrow in result.narrower]
+        (other, path.with_stem(f"{path.stem}-{other.name}"),
+         {**made_by, "relus": other.relus, "validation_accuracy": other.validation_accuracy, "details": other.details})
+        for other in result.further]
+
+
+def _named(label: str, variant: methods.Reduced) -> str:
+    return f"{label} ({variant.name})" if variant.name else label
 
 
 def _reduced_info(info: files.NetworkInfo, result: methods.Reduced, made_by: dict[str, Any]) -> files.NetworkInfo:
@@ -320,8 +325,8 @@ def reduce(
         return
     for variant, path, facts in _variants(result, made_by, out):
         _write(path, files.serialise_network(variant.model, _reduced_info(info, variant, facts)))
-        narrower = "" if variant is result else f" at {variant.width_factor} of the width"
-        print(f"wrote {path}: {variant.relus:,} of {total:,} ReLUs{narrower}, validation accuracy {variant.validation_accuracy:.2%}")
+        kept = _named(f"{variant.relus:,} of {total:,} ReLUs", variant)
+        print(f"wrote {path}: {kept}, validation accuracy {variant.validation_accuracy:.2%}")
 
 
 @app.command()
@@ -384,8 +389,7 @@ def pareto(
                     made = []
                     for variant, name, found in _variants(result, made_by, out / f"{stem}.safetensors"):
                         reduced = _reduced_info(info, variant, found)
-                        suffix = "" if variant is result else f" at {variant.width_factor} of the width"
-                        made.append({**table_row(reduced, name.name), "label": label + suffix})
+                        made.append({**table_row(reduced, name.name), "label": _named(label, variant)})
                         if first:
                             _write(name, files.serialise_network(variant.model, reduced, 16))
                     if first:

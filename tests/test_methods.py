@@ -410,7 +410,7 @@ def test_stages_are_those_of_the_literature() -> None:
 
 def test_senet_plus_plus_gives_a_network_for_each_width(teacher: nn.Module, tmp_path: Path) -> None:
     result = run(teacher, "senet", tmp_path, widths=(0.5,))
-    (narrow,) = result.narrower
+    (narrow,) = result.further
     assert 0 < narrow.relus < result.relus <= 3000
     assert narrow.model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
     wide, small_ = (r.model.state_dict()["blocks.3.conv1.weight"] for r in (result, narrow))
@@ -455,6 +455,8 @@ def test_deepreduce_gives_the_pareto_set_of_its_candidates(teacher: nn.Module, t
     rows = json.loads((tmp_path / "pareto.json").read_text())["rows"]
     assert rows[-1]["validation_accuracy"] == result.validation_accuracy
     assert rows == pareto_set(rows)
+    assert [other.relus for other in result.further] == [row["relus"] for row in rows[:-1]]
+    assert [other.name for other in result.further] == [f"{row['relus']}-relus" for row in rows[:-1]]
     points = [{"relus": relus, "validation_accuracy": accuracy} for relus, accuracy in ((3, 0.7), (1, 0.5), (2, 0.4), (4, 0.7))]
     assert pareto_set(points) == [points[1], points[0]]
     for options in ({"candidates": 0}, {"probe": 0}):

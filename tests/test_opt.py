@@ -111,7 +111,7 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
 def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The row of the network adds both trainings up, and keeps the settings of each."""
     reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, option=["freeze=0.5"], **SHORT)
-    train(Path("better"), start=Path("out"), teacher=Path("teacher"), lr=0.02, fold_in=1, epochs=2, batch=6)
+    train(Path("better"), start=Path("out"), teacher=[Path("teacher"), Path("out")], lr=0.02, fold_in=1, epochs=2, batch=6)
     before, after = (load_network(Path(name))[1] for name in ("out", "better"))
     (kept,) = open_dataset(Path("data")).load_train()[1:]
     row = table_row(after, "better")
@@ -119,7 +119,7 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     assert row["relus"] == table_row(before, "out")["relus"] <= 200 == row["budget"]
     assert (row["epochs"], row["settings"]["epochs"]) == (3, 1)
     (later,) = row["later"]
-    assert (later["lr"], later["fold_in"], later["validation_images"]) == (0.02, 1, len(kept) - 1)
+    assert (later["lr"], later["fold_in"], later["validation_images"], later["teachers"]) == (0.02, 1, len(kept) - 1, 2)
     assert row["validation_accuracy"] == later["validation_accuracy"] and "later" not in table_row(before, "out")
     train(Path("plain"), network="resnet18", width=4, **SHORT)
     plain = table_row(load_network(Path("plain"))[1], "plain")
@@ -179,7 +179,7 @@ def test_several_processes_reduce_together(place: Path) -> None:
     with Path("autorep/log.csv").open() as log:
         assert [int(row["relus"]) <= 200 for row in csv.DictReader(log)] == [True, True]
     rows = json.loads(Path("table/pareto.json").read_text())["rows"]
-    assert [row["label"] for row in rows] == ["snl", "senet:widths=0.5", "senet:widths=0.5 at 0.5 of the width", "deepreduce"]
+    assert [row["label"] for row in rows] == ["snl", "senet:widths=0.5", "senet:widths=0.5 (width0.5)", "deepreduce"]
     assert all(row["relus"] <= 200 for row in rows) and not list(place.rglob("*.part"))
 
 

@@ -95,7 +95,8 @@ class Task:
 class Reduced:
     """What a method returns: the network, its accuracy in float, and how its shape differs from the teacher's.
 
-    width_factor, stride: reshaping (DeepReDuce, SENet++). details: figures worth keeping. narrower: further widths (SENet++).
+    width_factor, stride: reshaping (DeepReDuce, SENet++). details: figures worth keeping. further: what the same run made besides, each
+    with a name: narrower widths (SENet++), the rest of the Pareto set (DeepReDuce).
     """
 
     model: nn.Module
@@ -103,7 +104,8 @@ class Reduced:
     width_factor: float = 1.0
     stride: int = 1
     details: dict[str, Any] = field(default_factory=dict)
-    narrower: tuple[Reduced, ...] = ()
+    further: tuple[Reduced, ...] = ()
+    name: str = ""
 
     @property
     def relus(self) -> int:

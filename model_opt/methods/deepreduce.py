@@ -3,7 +3,8 @@
 Culling: for each stage a network that keeps ReLUs there only is trained; its criticality is (accuracy - accuracy without any
 ReLU) / (ReLUs of the stage)^0.07, and the least critical stages lose their ReLUs first. Thinning: every second activation of the
 remaining stages goes. Reshaping: half the channels, half the resolution. All combinations that fit the budget are candidates, one for each
-count of ReLUs; those with the most are trained from the teacher with distillation, and the best on the validation images wins.
+count of ReLUs; those with the most are trained from the teacher with distillation. The best on the validation images wins; the others that
+none with fewer ReLUs beats, the Pareto set, are given back with it.
 """
 
 from __future__ import annotations
@@ -135,8 +136,10 @@ def reduce(task: Task, options: Options) -> Reduced:
         score = fit(network, task.train, task.validation, task.recipe, task.folder / f"candidate{len(tried)}", teacher=task.mentor,
                     label="deepreduce", settings=task.settings(point))
         tried.append((score, count, point, network))
-    best = max(tried, key=lambda item: item[0])
-    rows = [{"relus": count, "validation_accuracy": score, **asdict(point)} for score, count, point, _ in tried]
+    rows = pareto_set([{"relus": count, "validation_accuracy": score, **asdict(point)} for score, count, point, _ in tried])
     if world()[0] == 0:
-        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "rows": pareto_set(rows)}, indent=1).encode())
-    return Reduced(best[3], best[0], best[2].width_factor, best[2].stride, {"criticality": critical, "shape": asdict(best[2])})
+        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "rows": rows}, indent=1).encode())
+    made = {count: Reduced(network, score, point.width_factor, point.stride, {"criticality": critical, "shape": asdict(point)})
+            for score, count, point, network in tried}
+    *others, best = (row["relus"] for row in rows)  # accuracy rises with the count
+    return replace(made[best], further=tuple(replace(made[count], name=f"{count}-relus") for count in others))

@@ -246,5 +246,5 @@ def reduce(task: Task, options: Options) -> Reduced:
     if not options.widths:
         return Reduced(student, score, details=details)
     sample = task.train[:NORM_IMAGES]
-    narrower = tuple(extract(student, task, width, sample) for width in options.widths)
-    return replace(extract(student, task, 1.0, sample), details=details, narrower=narrower)
+    further = tuple(replace(extract(student, task, width, sample), name=f"width{width}") for width in options.widths)
+    return replace(extract(student, task, 1.0, sample), details=details, further=further)
