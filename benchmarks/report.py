@@ -102,7 +102,9 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     none = [r for r in rows if r["relus"] == 0 and r["link"] == base["link"]]
     chosen = [*none[:1], base, *([most] if most is not base else []), *([largest] if largest is not base else []),
               *(r for r in alike if r["link"] != base["link"])]
-    figure, (top, bottom, before) = plt.subplots(3, 1, figsize=(11, 12.6), layout="constrained")
+    timed = [r for r in (base, most, largest) if "preprocessing_timeline" in r]  # results of earlier versions have none
+    panels = 3 if timed else 2
+    figure, (top, bottom, *before) = plt.subplots(panels, 1, figsize=(11, 4.2 * panels), layout="constrained")
     shares = [_shares(r["timeline"]["server"], r["limits"]["serialisation_ms"] / r["streams"]) for r in chosen]
     for share, row in zip(shares, chosen):
         share["outside"] = max(row["online_ms"] - sum(share.values()), 0.0)
@@ -117,8 +119,9 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     bottom.set_ylim(0, 1.05 * max(bar.get_y() + bar.get_height() for bar in bottom.patches))
     bottom.set_xticks(range(len(layers)), [layer["layer"].replace("blocks_", "") for layer in layers], rotation=60, fontsize=7)
     bottom.set(ylabel="ms", title=f"layer by layer: {base['relus']:,} ReLUs, batch {base['batch']}, {base['link']}")
-    _plot_preprocessing(before, [r for r in (base, most, largest) if "preprocessing_timeline" in r])
-    for axis in (top, before):
+    for axis in before:
+        _plot_preprocessing(axis, timed)
+    for axis in (top, *before):
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
