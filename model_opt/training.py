@@ -160,22 +160,29 @@ def _parallel(model: nn.Module, where: torch.device) -> nn.Module:
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) at temperature T, mean over the batch (Hinton et al. 2015)."""
+    """T^2 KL(teacher || student) at temperature T, mean over the batch (Hinton et al. 2015).
+
+    Images on which the teacher's logits are not finite count nothing: networks of squares explode on a few augmented images.
+    """
+    usable = teacher.isfinite().all(1)
     log_p = torch.log_softmax(student / temperature, 1)
-    log_q = torch.log_softmax(teacher / temperature, 1)
-    return nn.functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    log_q = torch.log_softmax(torch.where(usable[:, None], teacher, 0.0) / temperature, 1)
+    each = nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+    return (each * usable).mean() * temperature**2
 
 
 class Ensemble(nn.Module):
-    """Several teachers as one: the mean of their logits."""
+    """Several teachers as one: the mean of their logits, for each image of those that are finite."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes)."""
-        return torch.stack([member(x) for member in self.members]).mean(0)
+        """Logits (N, classes); not finite where no member's are."""
+        logits = torch.stack([member(x).float() for member in self.members])
+        usable = logits.isfinite().all(2, keepdim=True)
+        return torch.where(usable, logits, 0.0).sum(0) / usable.sum(0)
 
 
 @torch.no_grad()

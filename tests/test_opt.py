@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def again() -> None:
         reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
-        train(Path("trained"), start=Path("teacher"), teacher=Path("teacher"), lr=0.01, **SHORT)
+        train(Path("trained"), start=Path("teacher"), teacher=[Path("teacher")], lr=0.01, **SHORT)
 
     again()
     again()
@@ -71,7 +71,7 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
         reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
     refused(capsys, "other settings (teacher)")
     with pytest.raises(SystemExit):
-        train(Path("trained"), start=Path("teacher"), teacher=Path("teacher"), lr=0.01, **SHORT)
+        train(Path("trained"), start=Path("teacher"), teacher=[Path("teacher")], lr=0.01, **SHORT)
     refused(capsys, "other settings (from, teacher)")
     write_teacher(Path("teacher"))
     (place / "data" / "train" / "cat" / "0.png").unlink()

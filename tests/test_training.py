@@ -17,7 +17,7 @@ from torch import nn
 import model_opt.training as module
 from model_opt.files import NetworkFileError, load_network, serialise_network
 from model_opt.networks import build
-from model_opt.training import Recipe, TrainingError, distillation_loss, fit, reestimate_norms
+from model_opt.training import Ensemble, Recipe, TrainingError, distillation_loss, fit, reestimate_norms
 from tests.samples import learnable, network_info
 
 
@@ -240,3 +240,22 @@ def test_damaged_network_files(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(serialise_network(build("resnet18", 4), network_info(width=5)))
     with pytest.raises(NetworkFileError, match="damaged or of another version"):
         load_network(tmp_path / "x")
+
+
+def test_teachers_that_explode_on_an_image_are_left_out_there() -> None:
+    class Fixed(nn.Module):
+        def __init__(self, logits: list[list[float]]) -> None:
+            super().__init__()
+            self.logits = torch.tensor(logits)
+
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            return self.logits
+
+    nan, inf = float("nan"), float("inf")
+    both = Ensemble([Fixed([[1.0, 3.0], [inf, 0.0], [nan, 1.0]]), Fixed([[3.0, 5.0], [2.0, 1.0], [0.0, -inf]])])(torch.zeros(3))
+    assert both[:2].tolist() == [[2.0, 4.0], [2.0, 1.0]] and not both[2].isfinite().any()
+    student = torch.tensor([[1.0, 2.0], [0.5, 0.0], [4.0, 4.0]], requires_grad=True)
+    loss = distillation_loss(student, both, 4.0)
+    assert float(loss) == pytest.approx(2 / 3 * float(distillation_loss(student[:2], both[:2], 4.0)), rel=1e-6)
+    loss.backward()
+    assert student.grad is not None and student.grad.isfinite().all() and not student.grad[2].any() and student.grad[:2].all()
