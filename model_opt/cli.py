@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import describe_hardware, epochs_spent, minutes_spent, table_row
+from model_opt.runs import describe_hardware, epochs_spent, minutes_spent, spent_besides, table_row
 from model_opt.training import (
+    NORM_IMAGES,
     Ensemble,
     Recipe,
     TrainingError,
     TrainingFailure,
     accuracy,
+    average,
     changed_settings,
     digest,
     fit,
@@ -269,6 +271,36 @@ def train(
         info = files.NetworkInfo(network, width, source.classes, training.shape, training.mean, training.std, False, made_by)
     _write(out, files.serialise_network(model, info))
     print(f"wrote {out}: validation accuracy {score:.2%}")
+
+
+@app.command("average")
+@exit_on_error(PROGRAM, *ERRORS)
+def average_networks(
+    networks: Annotated[list[Path], typer.Argument(help="Networks that `train --from` made of the same one, or that one and its heirs.")],
+    out: Annotated[Path, typer.Option(help="Where to write the network.")],
+    folder: Data = Path("data"),
+    dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
+    held_out: Annotated[int, typer.Option(help="Validation images to measure on, those that no --fold-in took; 0: all.", min=0)] = 0,
+) -> None:
+    """Average the weights of networks of one lineage: often a little better than each, at the cost of one."""
+    if len(networks) < 2:
+        raise InputError("one network has no average", "name two or more")
+    _check_writable(out)
+    loaded = [files.load_network(path) for path in networks]
+    source = _open(folder, dataset, image_size, False)
+    info = loaded[-1][1]
+    training, validation = _fitting(source, info, networks[-1])
+    if held_out > len(validation):
+        raise InputError(f"--held-out {held_out} is more than the {len(validation):,} validation images", "pass fewer")
+    taken = len(validation) - held_out if held_out else 0
+    validation = validation[taken:]
+    model = average([model for model, _ in loaded], training[:NORM_IMAGES])
+    score = accuracy(model, validation)
+    made_by = {"command": "average", "networks": len(networks), **spent_besides(info, [other for _, other in loaded]), "fold_in": taken,
+               "validation_accuracy": score, "validation_images": len(validation), "from": info.made_by}
+    _write(out, files.serialise_network(model, replace(info, made_by=made_by)))
+    print(f"wrote {out}: validation accuracy {score:.2%} of {len(validation):,} images")
 
 
 @app.command()

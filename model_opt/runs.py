@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,34 @@ def describe_hardware() -> str:
     return f"{processor}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
+def lineage(made_by: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of all runs that made a network, the first one first, each without its "from"."""
+    before = lineage(made_by["from"]) if "from" in made_by else []
+    return [*before, {key: value for key, value in made_by.items() if key != "from"}]
+
+
+def _epochs(part: dict[str, Any]) -> int:
+    return int(part.get("epochs_spent", part["epochs"]))
+
+
+def spent_besides(info: NetworkInfo, others: Sequence[NetworkInfo]) -> dict[str, Any]:
+    """Epochs and minutes of the runs that made other networks and not this one, and this one's hardware."""
+    own = lineage(info.made_by)
+    besides: list[dict[str, Any]] = []
+    for other in others:
+        besides += [part for part in lineage(other.made_by) if part not in own and part not in besides]
+    return {"epochs": sum(map(_epochs, besides)), "minutes": round(sum(part["minutes"] for part in besides), 1),
+            "hardware": own[-1]["hardware"]}
+
+
 def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
     """A network's row in tables of methods; a teacher's too. Raises KeyError for a file of an earlier version.
 
     Epochs, minutes and hardware include the training that went on from a network (`train --from`); `later` has its settings, and the
     validation accuracy is that of the last.
     """
-    later: list[dict[str, Any]] = []
-    made_by = last = info.made_by
-    while "from" in made_by:
-        later.insert(0, {key: value for key, value in made_by.items() if key != "from"})
-        made_by = made_by["from"]
-    parts = [made_by, *later]
+    parts = lineage(info.made_by)
+    made_by, later, last = parts[0], parts[1:], parts[-1]
     if made_by["command"] == "reduce":
         method, options = made_by["method"], made_by["options"]
         label = method + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
@@ -69,7 +86,7 @@ def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
         relus = budget = count_all(info.build(), info.input_shape)
     return {"label": label, "method": method, "network": info.network, "width": info.width, "relus": relus, "budget": budget, "file": file,
             "degree": degree, "validation_accuracy": last["validation_accuracy"], "test_accuracy": None, "seed": made_by["seed"],
-            "epochs": sum(part.get("epochs_spent", part["epochs"]) for part in parts),
+            "epochs": sum(map(_epochs, parts)),
             "hardware": " and ".join(dict.fromkeys(part["hardware"] for part in parts)),
             "minutes": round(sum(part["minutes"] for part in parts), 1), "torch": made_by.get("torch", ""),
             "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by.get("details", {}),

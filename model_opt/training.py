@@ -186,6 +186,28 @@ class Ensemble(nn.Module):
 
 
 @torch.no_grad()
+def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
+    """One network with the mean of the weights of several that were trained on from the same one (Izmailov et al. 2018).
+
+    sample: training images, on which BatchNorm's statistics are set anew. Raises TrainingError unless the networks have the same
+    architecture and ReLUs.
+    """
+    states = [network.state_dict() for network in networks]
+    mean = copy.deepcopy(networks[0])
+    for name, target in mean.state_dict().items():
+        values = [state.get(name) for state in states]
+        if any(state.keys() != states[0].keys() for state in states) or any(v is None or v.shape != target.shape for v in values):
+            raise TrainingError("the networks have different architectures; average those that go on from the same one")
+        if target.is_floating_point():
+            target.copy_(torch.stack([v for v in values if v is not None]).mean(0))
+        elif name.rpartition(".")[2] != "num_batches_tracked" and any(not torch.equal(target, v) for v in values if v is not None):
+            raise TrainingError("the networks keep different ReLUs; average those that go on from the same one")
+    with torch.autocast(device_of(mean).type, torch.bfloat16):
+        reestimate_norms(mean, sample)
+    return mean
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
     """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
     where = device_of(model)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from model_opt.activation import IDENTITY, RELU, SQUARE, count_relus, partial_activations, replace_relus
-from model_opt.cli import pareto, reduce, show, train
+from model_opt.cli import average_networks, pareto, reduce, show, train
 from model_opt.compiler import compile_model
 from model_opt.datasets import open_dataset
 from model_opt.files import load_network, serialise_network
@@ -127,6 +127,22 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     with pytest.raises(SystemExit):
         train(Path("better"), start=Path("out"), fold_in=len(kept), **SHORT)
     refused(capsys, "--fold-in", "leaves none")
+    average_networks([Path("out"), Path("better")], Path("mean"), held_out=len(kept) - 1)
+    states = [load_network(Path(name))[0].state_dict() for name in ("out", "better", "mean")]
+    weight = "blocks.0.conv1.weight"
+    assert torch.allclose((states[0][weight] + states[1][weight]) / 2, states[2][weight])
+    masks = [name for name in states[0] if name.endswith(".mask")]
+    assert masks and all(torch.equal(states[0][name], states[2][name]) for name in masks)
+    mean = table_row(load_network(Path("mean"))[1], "mean")
+    assert (mean["epochs"], mean["minutes"], mean["relus"]) == (row["epochs"], row["minutes"], row["relus"])
+    assert [part["command"] for part in mean["later"]] == ["train", "average"] and mean["later"][-1]["fold_in"] == 1
+    for networks, message in ((["out"], "name two or more"), (["out", "teacher"], "different architectures"),
+                              (["out", "other"], "different ReLUs")):
+        reduce(Path("teacher"), Path("other"), budget=100, lr=0.01, **SHORT)
+        with pytest.raises(SystemExit):
+            average_networks([Path(name) for name in networks], Path("none"))
+        refused(capsys, message)
+    assert not Path("none").exists()
 
 
 def test_pareto_notes_impossible_budgets_and_reshaped_widths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
