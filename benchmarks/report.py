@@ -219,9 +219,11 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         low, high = (abs(row["online_ms"] - end) for end in row["online_ms_spread"])
         axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=[[low], [high]], fmt="o", capsize=2, color="#2e86ab")
-        name = f"{row['label']}{_later(row)}\n{row['network']} w{row['width']}, {row['relus']:,} ReLUs, n={row['runs']}"
-        axis.annotate(name, (row["online_ms"], 100 * row["test_accuracy"]), fontsize=7,
-                      xytext=(5, -8), textcoords="offset points")
+        made = f"{row['label']}{_later(row)}".replace(", ", ",\n")
+        name = f"{made}\n{row['network']} w{row['width']}, {row['relus']:,} ReLUs, n={row['runs']}"
+        axis.annotate(name, (row["online_ms"], 100 * row["test_accuracy"]), fontsize=7, ha="center", va="top",
+                      xytext=(0, -5), textcoords="offset points")
+    axis.margins(y=0.35)
     axis.set(xlabel="private online latency, ms", ylabel="test accuracy, %")
     axis.grid(True, alpha=0.25)
     figure.savefig(path, dpi=130)
@@ -385,7 +387,9 @@ def _validation(row: dict[str, Any]) -> str:
 
 
 def _later(row: dict[str, Any]) -> str:
-    return f", then {sum(part['epochs'] for part in row['later'])} epochs with the ReLUs fixed" if row.get("later") else ""
+    later = row.get("later", [])
+    averaged = ", weights averaged" if any(part["command"] == "average" for part in later) else ""
+    return f", then {sum(part['epochs'] for part in later)} epochs with the ReLUs fixed{averaged}" if later else ""
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
