@@ -491,7 +491,7 @@ def test_going_on_with_a_reduced_network_keeps_its_masks(tmp_path: Path) -> None
         kept += name.endswith("mask") and same
         changed += name.endswith(("weight", "c1")) and not same
     assert (kept, changed > 20) == (17, True)
-    mistake(program(*command, "--teacher", student), 2, "already reduced")
+    mistake(program(*command, "--teacher", student), 2, "other settings (teacher)")  # any network may teach, in a run of its own
 
 
 def test_published_options_of_autorep(teacher: nn.Module, tmp_path: Path) -> None:
