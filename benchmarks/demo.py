@@ -47,18 +47,18 @@ def run_client(model: Path, images: np.ndarray[Any, Any], runs: int, label: str,
         np.save(path, images)
         with serving(model) as roles:
             command = [sys.executable, "-m", "benchmarks.client_role", roles.server, roles.dealer, str(path), str(runs), folder]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            # The figures go to a file: a pipe that nobody reads while the progress is followed would fill and stop the client.
+            figures = Path(folder) / "figures.json"
+            with figures.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True) as process:
                 assert process.stderr is not None
-                assert process.stdout is not None
                 last = ""
                 for line in process.stderr:
                     last = line.strip() or last
                     if line.startswith("run "):
                         bar.advance(task)
-                out = process.stdout.read()
             if process.returncode != 0:
                 raise PeerError(f"the client failed: {last}")
-    result: dict[str, Any] = json.loads(out)
+            result: dict[str, Any] = json.loads(figures.read_bytes())
     return result
 
 

@@ -65,9 +65,20 @@ class Convolution:
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.is_meta or weight.is_meta:
+            return torch.empty(self._output_shape(x.shape, weight.shape), dtype=torch.int64, device="meta")
         if self.groups == 1 and self.dilation == (1, 1) and is_outputs_last(weight):
             return self._by_windows(x, weight)
         return torch.nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _output_shape(self, x: torch.Size, weight: torch.Size) -> tuple[int, ...]:
+        """PyTorch's "meta" kernel tells it too, but its first call imports the compiler, which takes seconds. Raises ValueError."""
+        (count, channels, *image), (outputs, inputs, *kernel) = x, weight
+        sides = [(side + 2 * padding - dilation * (extent - 1) - 1) // stride + 1 for side, extent, stride, padding, dilation
+                 in zip(image, kernel, self.stride, self.padding, self.dilation, strict=True)]
+        if channels != inputs * self.groups or outputs % self.groups or min(sides) < 1:
+            raise ValueError("a convolution's kernel does not fit its input")
+        return (count, outputs, *sides)
 
     def _by_windows(self, x: Tensor, weight: Tensor) -> Tensor:
         """As one matrix product of all windows and a kernel that `outputs_last` has laid out."""
@@ -77,6 +88,15 @@ class Convolution:
         matrix = weight.permute(1, 2, 3, 0).reshape(-1, outputs)
         products = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, len(matrix)) @ matrix
         return products.view(count, high, wide, outputs).permute(0, 3, 1, 2).contiguous()
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, features) times a matrix (features, outputs); on "meta" if one of them is. Raises ValueError, RuntimeError."""
+    if x.is_meta or weight.is_meta:
+        if x.shape[1:] != weight.shape[:1]:
+            raise ValueError("a matrix does not fit its input")
+        return torch.empty((len(x), weight.shape[1]), dtype=torch.int64, device="meta")
+    return torch.matmul(x, weight)
 
 
 OUTPUTS_LAST_WEIGHTS = 1 << 20
@@ -205,11 +225,11 @@ def convolve_in_digits(x: Tensor, weight: DigitWeight, how: Convolution, onto: T
 
 def sum_pool2d(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Sum over windows, zero padding. x (N, C, H, W) int64."""
-    if padding == (0, 0) and kernel == tuple(x.shape[2:]):
+    if padding == (0, 0) and kernel == tuple(x.shape[2:]) and not x.is_meta:
         return x.sum((2, 3), keepdim=True)
     windows = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     windows = windows.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    return windows.sum((-2, -1))
+    return windows[..., 0, 0] if x.is_meta else windows.sum((-2, -1))
 
 
 def to_bytes(x_ring: Tensor) -> memoryview:

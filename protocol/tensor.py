@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,17 +132,15 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
             return self._add_constant(other)
         coarse, fine = (self, other) if self.scale <= other.scale else (other, self)
         a, b = fine.data, coarse.data
-        if a.is_meta != b.is_meta:
-            a, b = a.to("meta"), b.to("meta")
-        total = fine._with(torch.add(a, b, alpha=1 << (fine.scale - coarse.scale)))
+        total = fine._with(_if_known(lambda: torch.add(a, b, alpha=1 << (fine.scale - coarse.scale)), a, b))
         total.dealt = fine.dealt and coarse.dealt
         return total
 
     def sub(self, other: RingTensor) -> RingTensor:
-        return self.add(other._with(-other.data))
+        return self.add(other._with(_if_known(lambda: -other.data, other.data)))
 
     def _align(self, scale: int) -> Self:
-        return self if self.scale >= scale else self._with(self.data << (scale - self.scale), scale)
+        return self if self.scale >= scale else self._with(_if_known(lambda: self.data << (scale - self.scale), self.data), scale)
 
     def avg_pool2d(self, kernel_size: tuple[int, int], stride: tuple[int, int] | None = None,
                    padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> RingTensor:
@@ -153,7 +152,7 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         if area & (area - 1) == 0:
             return self._with(summed, self.scale + area.bit_length() - 1)
         bits = POOL_BITS + area.bit_length()
-        return self._with(summed * round(2**bits / area), self.scale + bits)
+        return self._with(_if_known(lambda: summed * round(2**bits / area), summed), self.scale + bits)
 
     def max_pool2d(self, kernel_size: tuple[int, int], padding: tuple[int, int] = (0, 0),
                    stride: tuple[int, int] | None = None, dilation: int = 1, ceil_mode: bool = False) -> RingTensor:
@@ -209,7 +208,7 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
     def matmul(self, weight: Weight) -> RingTensor:
         """Product with a private matrix (protocol section 3)."""
         x = self._ready_for_private_map()
-        return x._mapped(x._private_map(weight, torch.matmul))
+        return x._mapped(x._private_map(weight, ring.product))
 
     def mul(self, weight: Weight) -> RingTensor:
         """Product, pixel by pixel, with a private tensor of one image's shape (protocol section 3)."""
@@ -279,6 +278,16 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         shift, constant: what the square pixels lack before, at this value's scale, and after the square, at scale f_a; ring elements
         of the layer's shape for the role that holds them.
         """
+
+
+def _if_known(elementwise: Callable[[], Tensor], *operands: Tensor) -> Tensor:
+    """The result of an operation pixel by pixel; on "meta" if an operand is.
+
+    The result's shape is told without PyTorch's "meta" kernels: the first of these imports its compiler, which takes seconds.
+    """
+    if any(operand.is_meta for operand in operands):
+        return torch.empty(np.broadcast_shapes(*(tuple(operand.shape) for operand in operands)), dtype=torch.int64, device="meta")
+    return elementwise()
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

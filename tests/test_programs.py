@@ -18,6 +18,7 @@ from benchmarks.processes import Roles, serving
 from protocol.links import LINKS
 from protocol.model import Model, save
 
+BUNDLED = Path(__file__).resolve().parent.parent / "models" / "cifar10-resnet18-w32.safetensors"
 APPS = {"client": "client.cli:app", "server": "server.cli:server_app", "dealer": "server.cli:dealer_app",
         "opt": "model_opt.cli:app", "bench": "benchmarks.cli:app"}
 
@@ -172,6 +173,24 @@ def test_latency_prints_every_figure(model_path: Path) -> None:
     mistake(program("bench", "latency", "--relus", "10000000", "--width", 4), 2, "exceeds")
     mistake(program("bench", "latency", "--relus", "some"), 2, "no number")
     mistake(program("bench", "demo", "--model", model_path.parent / "none"), 2, "missing")
+
+
+def test_planning_does_not_import_a_compiler() -> None:
+    """PyTorch's took each of three programs two seconds before its first inference."""
+    code = (f"import sys; from pathlib import Path; from protocol.model import load; from protocol.plan import make_plan\n"
+            f"make_plan(load(Path({str(BUNDLED)!r})).public, 1); print('sympy' in sys.modules, 'torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_demonstration_classifies_every_image_and_compares_costs() -> None:
+    done = program("bench", "demo", "--model", BUNDLED, "--json", timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert len(shown["images"]) == 10
+    assert all(row["private"] == row["plaintext"] for row in shown["images"])
+    assert shown["reduced"]["relus"] == 8192 and shown["all_relu"]["relus"] == 278_528
+    assert shown["all_relu"]["dealer_to_client_bytes"] > 10 * shown["reduced"]["dealer_to_client_bytes"]
 
 
 def bench(folder: Path, name: str, *arguments: object) -> dict[str, Any]:
