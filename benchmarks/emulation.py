@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from benchmarks.relay import echo_server, relayed, round_trips, throughput
 from protocol.errors import InputError, PeerError
@@ -54,18 +55,23 @@ class Way:
 
 @contextmanager
 def emulated(link: Link, how: str = "auto") -> Iterator[Way]:
-    """The link, set up. how: of EMULATIONS; "auto" takes netem if it works here. Raises InputError."""
-    if how not in EMULATIONS:
-        raise InputError(f"unknown emulation {how!r}", f"known are {', '.join(EMULATIONS)}")
+    """The link, set up. how: of EMULATIONS. Raises InputError."""
     if link.rtt_s == 0 and link.bits_per_s == 0:
         yield Way(link)
-    elif how == "relay" or (how == "auto" and not netem_works()):
+    elif choose_emulation(how) == "relay":
         yield Way(link, "relay")
-    elif not netem_works():
-        raise InputError("netem cannot be used here", "it needs Linux with sch_netem, iproute2 and root; or pass --emulation relay")
     else:
         with _namespace(link) as way:
             yield way
+
+
+def choose_emulation(how: str) -> str:
+    """"netem" or "relay"; "auto" takes netem if it works here. Raises InputError if `how` is unknown or cannot be used."""
+    if how not in EMULATIONS:
+        raise InputError(f"unknown emulation {how!r}", f"known are {', '.join(EMULATIONS)}")
+    if how == "netem" and not netem_works():
+        raise InputError("netem cannot be used here", "it needs Linux with sch_netem, iproute2 and root; or pass --emulation relay")
+    return "netem" if how != "relay" and netem_works() else "relay"
 
 
 @cache
@@ -75,7 +81,8 @@ def netem_works() -> bool:
     try:
         _run("ip", "netns", "add", name)
         try:
-            _run("tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+            _run("ip", "-n", name, "link", "add", "near", "type", "veth", "peer", "name", "far")
+            _run("tc", "-n", name, "qdisc", "add", "dev", "near", "root", "netem", "delay", "1ms")
         finally:
             _run("ip", "netns", "delete", name)
     except (OSError, subprocess.CalledProcessError):
@@ -87,6 +94,14 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def _remove_leftovers() -> None:
+    """Namespaces of processes that were killed; a virtual card goes with its namespace, and the other card with it."""
+    for left in Path("/run/netns").glob("relucent-*"):
+        if not Path("/proc", left.name.split("-")[1]).exists():
+            with suppress(subprocess.CalledProcessError):
+                _run("ip", "netns", "delete", left.name)
+
+
 @contextmanager
 def _namespace(link: Link) -> Iterator[Way]:
     """A namespace for the client, joined to this one by virtual cards that behave like the link."""
@@ -94,6 +109,7 @@ def _namespace(link: Link) -> Iterator[Way]:
     name, near, far = f"relucent-{process}", f"rl{process}a", f"rl{process}b"
     host, guest = (str(NETWORK[4 * (process & 0x3FFF) + i]) for i in (1, 2))
     netem = ["root", "netem", "delay", f"{1e6 * link.rtt_s / 2:.0f}us", "rate", f"{link.bits_per_s:.0f}bit", "limit", str(QUEUED_PACKETS)]
+    _remove_leftovers()
     try:
         for command in (
                 ["ip", "netns", "add", name], ["ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", name],

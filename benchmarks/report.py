@@ -100,9 +100,9 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
     largest = max((r for r in rows if r["link"] == base["link"]), key=lambda r: r["batch"])
     alike = [r for r in rows if all(r[key] == base[key] for key in ("network", "width", "batch", "squares", "relus"))]
     none = [r for r in rows if r["relus"] == 0 and r["link"] == base["link"]]
-    chosen = [*none[:1], base, *([most] if most is not base else []), *([largest] if largest is not base else []),
-              *(r for r in alike if r["link"] != base["link"])]
-    timed = [r for r in (base, most, largest) if "preprocessing_timeline" in r]  # results of earlier versions have none
+    extremes = list({id(row): row for row in (base, most, largest)}.values())
+    chosen = [*none[:1], *extremes, *(r for r in alike if r["link"] != base["link"])]
+    timed = [r for r in extremes if "preprocessing_timeline" in r]  # results of earlier versions have none
     panels = 3 if timed else 2
     figure, (top, bottom, *before) = plt.subplots(panels, 1, figsize=(11, 4.2 * panels), layout="constrained")
     shares = [_shares(r["timeline"]["server"], r["limits"]["serialisation_ms"] / r["streams"]) for r in chosen]

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.emulation import choose_emulation
 from benchmarks.latency import measure
 from benchmarks.networks import random_model
 from benchmarks.processes import environment
 from model_opt.networks import STANDARD_WIDTH
 from protocol.dealing import deal, weight_masks
+from protocol.errors import PeerError
 from protocol.links import LINKS, Link
 from protocol.model import Model
 from protocol.plan import Plan, make_plan
@@ -74,10 +76,13 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
     """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give.
 
     keep: called with the result so far after each row. emulation: as in `benchmarks.emulation.emulated`.
-    Raises ValueError if the first point, the base, would take too long.
+    Raises ValueError if the first point, the base, would take too long, InputError, PeerError.
     """
     facts = environment()
-    links = {name: _measured(name, emulation) for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s}
+    slow = [name for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s]
+    if slow:
+        emulation = choose_emulation(emulation)
+    links = {name: _measured(name, emulation) for name in slow}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
 
@@ -106,7 +111,9 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
 
 def _measured(link: str, emulation: str) -> dict[str, Any]:
     code = f"from benchmarks.emulation import measure_link; measure_link({link!r}, {emulation!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise PeerError(f"the link {link!r} cannot be emulated: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return dict(json.loads(done.stdout))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import describe_hardware, epochs_spent, minutes_spent, spent_besides, table_row
+from model_opt.runs import all_runs, averaged, describe_hardware, epochs_spent, lineage, minutes_spent, table_row
 from model_opt.training import (
     NORM_IMAGES,
     Ensemble,
@@ -281,25 +281,30 @@ def average_networks(
     folder: Data = Path("data"),
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,
-    held_out: Annotated[int, typer.Option(help="Validation images to measure on, those that no --fold-in took; 0: all.", min=0)] = 0,
+    held_out: Annotated[int, typer.Option(help="Last validation images to measure on; 0: all that no --fold-in took.", min=0)] = 0,
 ) -> None:
     """Average the weights of networks of one lineage: often a little better than each, at the cost of one."""
     if len(networks) < 2:
         raise InputError("one network has no average", "name two or more")
     _check_writable(out)
     loaded = [files.load_network(path) for path in networks]
+    infos = [info for _, info in loaded]
     source = _open(folder, dataset, image_size, False)
-    info = loaded[-1][1]
-    training, validation = _fitting(source, info, networks[-1])
-    if held_out > len(validation):
-        raise InputError(f"--held-out {held_out} is more than the {len(validation):,} validation images", "pass fewer")
-    taken = len(validation) - held_out if held_out else 0
+    for info, path in zip(infos, networks):
+        training, validation = _fitting(source, info, path)
+        if lineage(info.made_by)[0] != lineage(infos[0].made_by)[0] or (info.mean, info.std) != (infos[0].mean, infos[0].std):
+            raise InputError(f"{path} and {networks[0]} come from different trainings",
+                             "average what `train --from` made of the same network")
+    unseen = len(validation) - max(run.get("fold_in", 0) for info in infos for run in all_runs(info.made_by))
+    if held_out > unseen:
+        raise InputError(f"--held-out {held_out} is more than the {unseen:,} validation images that no training took in", "pass fewer")
+    taken = len(validation) - (held_out or unseen)
     validation = validation[taken:]
     model = average([model for model, _ in loaded], training[:NORM_IMAGES])
     score = accuracy(model, validation)
-    made_by = {"command": "average", "networks": len(networks), **spent_besides(info, [other for _, other in loaded]), "fold_in": taken,
-               "validation_accuracy": score, "validation_images": len(validation), "from": info.made_by}
-    _write(out, files.serialise_network(model, replace(info, made_by=made_by)))
+    made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken, "validation_accuracy": score,
+               "validation_images": len(validation)}
+    _write(out, files.serialise_network(model, replace(infos[-1], made_by=made_by)))
     print(f"wrote {out}: validation accuracy {score:.2%} of {len(validation):,} images")
 
 
@@ -421,7 +426,7 @@ def pareto(
                     made = []
                     for variant, name, found in _variants(result, made_by, out / f"{stem}.safetensors"):
                         reduced = _reduced_info(info, variant, found)
-                        made.append({**table_row(reduced, name.name), "label": _named(label, variant)})
+                        made.append({**table_row(reduced, name.name), "label": _named(label, variant), "series": label})
                         if first:
                             _write(name, files.serialise_network(variant.model, reduced, 16))
                     if first:

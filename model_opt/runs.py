@@ -55,27 +55,32 @@ def lineage(made_by: dict[str, Any]) -> list[dict[str, Any]]:
     return [*before, {key: value for key, value in made_by.items() if key != "from"}]
 
 
-def _epochs(part: dict[str, Any]) -> int:
-    return int(part.get("epochs_spent", part["epochs"]))
+def all_runs(made_by: dict[str, Any]) -> list[dict[str, Any]]:
+    """Its lineage and the runs that made what was averaged into it, each once."""
+    found: list[dict[str, Any]] = []
+    for part in lineage(made_by):
+        own = {key: value for key, value in part.items() if key != "besides"}
+        found += [run for run in (*part.get("besides", ()), own) if run not in found]
+    return found
 
 
-def spent_besides(info: NetworkInfo, others: Sequence[NetworkInfo]) -> dict[str, Any]:
-    """Epochs and minutes of the runs that made other networks and not this one, and this one's hardware."""
-    own = lineage(info.made_by)
+def averaged(infos: Sequence[NetworkInfo]) -> dict[str, Any]:
+    """`made_by` of an average: it goes on from the last; "besides" has the runs that made only the others. Training took no time."""
+    own = all_runs(infos[-1].made_by)
     besides: list[dict[str, Any]] = []
-    for other in others:
-        besides += [part for part in lineage(other.made_by) if part not in own and part not in besides]
-    return {"epochs": sum(map(_epochs, besides)), "minutes": round(sum(part["minutes"] for part in besides), 1),
-            "hardware": own[-1]["hardware"]}
+    for info in infos:
+        besides += [run for run in all_runs(info.made_by) if run not in own and run not in besides]
+    return {"command": "average", "epochs": 0, "minutes": 0.0, "hardware": describe_hardware(), "besides": besides,
+            "from": infos[-1].made_by}
 
 
 def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
     """A network's row in tables of methods; a teacher's too. Raises KeyError for a file of an earlier version.
 
-    Epochs, minutes and hardware include the training that went on from a network (`train --from`); `later` has its settings, and the
-    validation accuracy is that of the last.
+    Epochs, minutes and hardware include the training that went on from a network (`train --from`) and all that was averaged into it;
+    `later` has its settings, and the validation accuracy is that of the last.
     """
-    parts = lineage(info.made_by)
+    parts, runs = lineage(info.made_by), all_runs(info.made_by)
     made_by, later, last = parts[0], parts[1:], parts[-1]
     if made_by["command"] == "reduce":
         method, options = made_by["method"], made_by["options"]
@@ -86,8 +91,8 @@ def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
         relus = budget = count_all(info.build(), info.input_shape)
     return {"label": label, "method": method, "network": info.network, "width": info.width, "relus": relus, "budget": budget, "file": file,
             "degree": degree, "validation_accuracy": last["validation_accuracy"], "test_accuracy": None, "seed": made_by["seed"],
-            "epochs": sum(map(_epochs, parts)),
-            "hardware": " and ".join(dict.fromkeys(part["hardware"] for part in parts)),
-            "minutes": round(sum(part["minutes"] for part in parts), 1), "torch": made_by.get("torch", ""),
+            "epochs": sum(int(run.get("epochs_spent", run["epochs"])) for run in runs),
+            "hardware": " and ".join(dict.fromkeys(run["hardware"] for run in runs)),
+            "minutes": round(sum(run["minutes"] for run in runs), 1), "torch": made_by.get("torch", ""),
             "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by.get("details", {}),
             **({"later": later} if later else {})}

@@ -73,13 +73,16 @@ def draw_masks(masks: dict[str, Tensor], title: str, path: Path) -> None:
 
 
 def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, published: bool) -> None:
-    """Accuracy against ReLUs on a log scale, one colour per method. published: add literature's CIFAR-10 points, hollow."""
+    """Accuracy against ReLUs on a log scale, a line for each series, that is a method with its settings.
+
+    published: add literature's CIFAR-10 points, hollow.
+    """
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     measure = "test_accuracy" if all(row.get("test_accuracy") is not None for row in rows) else "validation_accuracy"
-    labels = sorted({row["label"] for row in rows})
-    for colour, label in zip(METHOD_COLOURS * 3, labels):
-        points = sorted((max(row["relus"], 1), 100 * row[measure]) for row in rows if row["label"] == label)
-        axis.plot(*zip(*points), "o-", color=colour, label=label)
+    series = [row.get("series", row["label"]) for row in rows]
+    for colour, name in zip(METHOD_COLOURS * 3, sorted(set(series))):
+        points = sorted((max(row["relus"], 1), 100 * row[measure]) for row, own in zip(rows, series) if own == name)
+        axis.plot(*zip(*points), "o-", color=colour, label=name)
     if published:
         markers = dict(zip(dict.fromkeys(r.method for r in CIFAR10), "s^Dvp"))
         for method, marker in markers.items():

@@ -202,8 +202,7 @@ def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
             target.copy_(torch.stack([v for v in values if v is not None]).mean(0))
         elif name.rpartition(".")[2] != "num_batches_tracked" and any(not torch.equal(target, v) for v in values if v is not None):
             raise TrainingError("the networks keep different ReLUs; average those that go on from the same one")
-    with torch.autocast(device_of(mean).type, torch.bfloat16):
-        reestimate_norms(mean, sample)
+    reestimate_norms(mean, sample)
     return mean
 
 

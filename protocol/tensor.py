@@ -164,10 +164,10 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         candidates = []
         for i in range(kernel_size[0]):
             # a window that reaches beyond the border repeats the border pixel, which it contains anyway
-            rows = _window_index(height, kernel_size[0], step[0], padding[0], i, self.data)
+            rows = _window_index(height, kernel_size[0], step[0], padding[0], i)
             for j in range(kernel_size[1]):
-                columns = _window_index(width, kernel_size[1], step[1], padding[1], j, self.data)
-                candidates.append(self._with(self.data.index_select(2, rows).index_select(3, columns)))
+                columns = _window_index(width, kernel_size[1], step[1], padding[1], j)
+                candidates.append(self._with(self._picked(rows, columns)))
         level: list[RingTensor] = list(candidates)
         batch = self.data.shape[0]
         while len(level) > 1:
@@ -184,12 +184,18 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
             level += rest
         return level[0]
 
+    def _picked(self, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.data.is_meta:
+            return torch.empty((*self.data.shape[:2], len(rows), len(columns)), dtype=torch.int64, device="meta")
+        return self.data.index_select(2, rows).index_select(3, columns)
+
     def _stack(self, parts: list[RingTensor]) -> RingTensor:
         """Concatenate along the channels."""
         scale = max(p.scale for p in parts)
         aligned = [p._align(scale) for p in parts]
         if any(p.data.is_meta for p in aligned):
-            data = torch.cat([p.data.to("meta") for p in aligned], 1)
+            count, _, *sides = aligned[0].data.shape
+            data = torch.empty((count, sum(p.data.shape[1] for p in aligned), *sides), dtype=torch.int64, device="meta")
         else:
             data = torch.cat([p.data for p in aligned], 1)
         stacked = parts[0]._with(data, scale)
@@ -213,7 +219,7 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
     def mul(self, weight: Weight) -> RingTensor:
         """Product, pixel by pixel, with a private tensor of one image's shape (protocol section 3)."""
         x = self._ready_for_private_map()
-        return x._mapped(x._private_map(weight, torch.mul))
+        return x._mapped(x._private_map(weight, _times))
 
     def _ready_for_private_map(self) -> RingTensor:
         x: RingTensor = self
@@ -290,13 +296,17 @@ def _if_known(elementwise: Callable[[], Tensor], *operands: Tensor) -> Tensor:
     return elementwise()
 
 
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    return _if_known(lambda: x * weight, x, weight)
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _window_index(size: int, kernel: int, stride: int, padding: int, offset: int, like: Tensor) -> Tensor:
+def _window_index(size: int, kernel: int, stride: int, padding: int, offset: int) -> Tensor:
     count = (size + 2 * padding - kernel) // stride + 1
-    return (torch.arange(count, device=like.device) * stride + offset - padding).clamp(0, size - 1)
+    return (torch.arange(count) * stride + offset - padding).clamp(0, size - 1)
 
 
 def square_constants(layer: ActivationLayer, c1: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,8 @@ class _Registration:
 class _Meeting:
     """The two requests for one material, bound to registration, batch and client.
 
-    `claimed` parties have come, `gone` ones have left; each gets chunks through its own bounded queue. `dealt`: all is made.
+    `claimed` parties have come, `gone` ones have left; each gets chunks through its own bounded queue. `begun`: dealing has its slot;
+    `dealt`: all is made.
     """
 
     registration_id: bytes
@@ -88,6 +89,7 @@ class _Meeting:
     client_id: bytes
     claimed: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    begun: bool = False
     dealt: bool = False
     both: threading.Event = field(default_factory=threading.Event)
     dead: threading.Event = field(default_factory=threading.Event)
@@ -117,7 +119,7 @@ class _Meeting:
     def left(self, party: str) -> None:
         """The party's call is over. Before dealing begins that ends the meeting; later it ends when more is dealt."""
         self.gone.add(party)
-        if not self.both.is_set():
+        if not self.begun:
             self.dead.set()
             self.both.set()
 
@@ -293,8 +295,11 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
         try:
             if not self._slots.acquire(timeout=MEETING_S):
                 raise ResourceLimit("the dealer is busy")
+            meeting.begun = True
             senders: dict[str, ChunkSender] = {}
             try:
+                if meeting.gone:
+                    raise PeerError("a party left before its material was dealt")
                 plan = make_plan(registration.model, meeting.batch)
                 seeds = {party: Seed.fresh() for party in ("client", "server")}
                 for party in ("client", "server"):

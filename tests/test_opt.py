@@ -25,6 +25,7 @@ from model_opt.networks import build
 from model_opt.published import CIFAR10
 from model_opt.runs import table_row
 from model_opt.show import draw_pareto
+from model_opt.training import TrainingError, average
 from protocol.model import save
 from tests.samples import MEAN, STD, network_info
 from tests.test_data import folders
@@ -127,7 +128,7 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     with pytest.raises(SystemExit):
         train(Path("better"), start=Path("out"), fold_in=len(kept), **SHORT)
     refused(capsys, "--fold-in", "leaves none")
-    average_networks([Path("out"), Path("better")], Path("mean"), held_out=len(kept) - 1)
+    average_networks([Path("out"), Path("better")], Path("mean"))
     states = [load_network(Path(name))[0].state_dict() for name in ("out", "better", "mean")]
     weight = "blocks.0.conv1.weight"
     assert torch.allclose((states[0][weight] + states[1][weight]) / 2, states[2][weight])
@@ -135,13 +136,24 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     assert masks and all(torch.equal(states[0][name], states[2][name]) for name in masks)
     mean = table_row(load_network(Path("mean"))[1], "mean")
     assert (mean["epochs"], mean["minutes"], mean["relus"]) == (row["epochs"], row["minutes"], row["relus"])
-    assert [part["command"] for part in mean["later"]] == ["train", "average"] and mean["later"][-1]["fold_in"] == 1
-    for networks, message in ((["out"], "name two or more"), (["out", "teacher"], "different architectures"),
-                              (["out", "other"], "different ReLUs")):
-        reduce(Path("teacher"), Path("other"), budget=100, lr=0.01, **SHORT)
+    averaging = mean["later"][-1]
+    assert [part["command"] for part in mean["later"]] == ["train", "average"] and len(set(averaging["networks"])) == 2
+    assert (averaging["fold_in"], averaging["validation_images"]) == (1, len(kept) - 1)  # whichever network had taken it in
+    for order in (["better", "out"], ["mean", "better", "out"], ["out", "mean"]):
+        average_networks([Path(name) for name in order], Path("again"))
+        again = table_row(load_network(Path("again"))[1], "again")
+        assert (again["epochs"], again["minutes"], again["later"][-1]["fold_in"]) == (row["epochs"], row["minutes"], 1), order
+    reduce(Path("teacher"), Path("other"), budget=100, lr=0.01, **SHORT)
+    for networks, held_out, message in ((["out"], 0, "name two or more"), (["out", "teacher"], 0, "different trainings"),
+                                        (["out", "other"], 0, "different trainings"),
+                                        (["out", "better"], len(kept), "no training took in")):
         with pytest.raises(SystemExit):
-            average_networks([Path(name) for name in networks], Path("none"))
+            average_networks([Path(name) for name in networks], Path("none"), held_out=held_out)
         refused(capsys, message)
+    kinds = {name: load_network(Path(name))[0] for name in ("out", "teacher", "other")}
+    for name, message in (("teacher", "different architectures"), ("other", "different ReLUs")):
+        with pytest.raises(TrainingError, match=message):
+            average([kinds["out"], kinds[name]], open_dataset(Path("data")).load_train()[0])
     assert not Path("none").exists()
 
 

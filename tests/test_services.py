@@ -89,6 +89,7 @@ def test_who_has_all_may_hang_up_and_who_has_not_ends_the_dealing() -> None:
     def meeting() -> _Meeting:
         one = _Meeting(bytes(32), 1, bytes(32))
         one.both.set()
+        one.begun = True
         one.put("client", "chunk")
         return one
 
@@ -104,11 +105,14 @@ def test_who_has_all_may_hang_up_and_who_has_not_ends_the_dealing() -> None:
     for party in ("client", "server"):
         with pytest.raises(PeerError, match="the other party left"):
             broken.take(party)
-    alone = _Meeting(bytes(32), 1, bytes(32))
-    alone.left("client")
-    assert alone.both.is_set()
-    with pytest.raises(PeerError):
-        alone.take("server")
+    for waiting_for_a_slot in (False, True):
+        early = _Meeting(bytes(32), 1, bytes(32))
+        if waiting_for_a_slot:
+            early.both.set()
+        early.left("client")
+        assert early.both.is_set()
+        with pytest.raises(PeerError):
+            early.take("server")
 
 
 def test_a_party_that_reads_nothing_ends_the_dealing(monkeypatch: pytest.MonkeyPatch) -> None:
