@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # files only; no window system is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from model_opt.show import draw_pareto
+from model_opt.show import METHOD_COLOURS, draw_pareto
 from protocol.errors import InputError
 
 PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear maps", "#2e86ab"),
@@ -214,20 +214,26 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
 
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against online latency where both are known."""
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    for row in rows:
-        low, high = (abs(row["online_ms"] - end) for end in row["online_ms_spread"])
-        axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=[[low], [high]], fmt="o", capsize=2, color="#2e86ab")
-        made = f"{row['label']}{_later(row)}".replace(", ", ",\n")
-        name = f"{made}\n{row['network']} w{row['width']}, {row['relus']:,} ReLUs, n={row['runs']}"
-        axis.annotate(name, (row["online_ms"], 100 * row["test_accuracy"]), fontsize=7, ha="center", va="top",
-                      xytext=(0, -5), textcoords="offset points")
-    axis.margins(y=0.35)
-    axis.set(xlabel="private online latency, ms", ylabel="test accuracy, %")
-    axis.grid(True, alpha=0.25)
+    """Accuracy against online latency where both are known, a panel for each network."""
+    networks = list(dict.fromkeys(_named(row) for row in rows))
+    figure, panels = plt.subplots(1, len(networks), figsize=(6.5 * len(networks), 5.4), layout="constrained", squeeze=False)
+    for axis, network in zip(panels[0], networks):
+        own = sorted((row for row in rows if _named(row) == network), key=lambda row: -row["test_accuracy"])
+        for colour, row in zip(METHOD_COLOURS * 5, own):
+            ends = [[abs(row["online_ms"] - end)] for end in row["online_ms_spread"]]
+            axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=ends, fmt="o", capsize=2, color=colour,
+                          label=f"{row['label']}{_later(row)}; {row['relus']:,} ReLUs, n={row['runs']}")
+        axis.set(title=network, xlabel="private online latency, ms", ylabel="test accuracy, %")
+        axis.grid(True, alpha=0.25)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_methods(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against ReLUs, a line for each method on each network, and published results."""
+    named = [row | {"series": f"{row.get('series', row['label'])}, {_named(row)}"} for row in rows]
+    draw_pareto(named, path, "Ours, and published results of larger networks", True)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -389,13 +395,14 @@ def _validation(row: dict[str, Any]) -> str:
 def _later(row: dict[str, Any]) -> str:
     later = row.get("later", [])
     averaged = ", weights averaged" if any(part["command"] == "average" for part in later) else ""
-    return f", then {sum(part['epochs'] for part in later)} epochs with the ReLUs fixed{averaged}" if later else ""
+    epochs = sum(run["epochs"] for part in later for run in (part, *part.get("besides", ())))
+    return f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else ""
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
     lines = []
-    for r in sorted(methods["rows"], key=lambda r: (r["budget"], -r["test_accuracy"])):
+    for r in sorted(methods["rows"], key=lambda r: (_named(r), r["budget"], -r["test_accuracy"])):
         accuracies = [_validation(r), *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")),
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
         served = [f"{r['online_ms']:.0f}", f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
@@ -449,7 +456,7 @@ def make_report(results: Path, out: Path, readme: Path | None, guide: Path | Non
         ("peers", "Other engines, same network, weights and images", peers_table, [("peers", plot_peers)]),
         ("load", "Many clients", load_table, [("load", plot_load)]),
         ("methods", "ReLU-reduction methods side by side", methods_table,
-         [("methods", lambda r, p: draw_pareto(r["rows"], p, "Ours, and published results of larger networks", True)),
+         [("methods", lambda r, p: plot_methods(r["rows"], p)),
           ("accuracy", lambda r, p: plot_accuracy(r["rows"], p))]),
     ]
     out.mkdir(parents=True, exist_ok=True)
