@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/relucent-bench demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 4 --dist worksteal
 	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/installed
