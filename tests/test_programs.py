@@ -174,6 +174,7 @@ def test_latency_prints_every_figure(model_path: Path) -> None:
     mistake(program("bench", "latency", "--relus", "10000000", "--width", 4), 2, "exceeds")
     mistake(program("bench", "latency", "--relus", "some"), 2, "no number")
     mistake(program("bench", "demo", "--model", model_path.parent / "none"), 2, "missing")
+    mistake(program("bench", "sweep", "--links", "lan", "--emulation", "tbf", "--out", model_path.parent / "s"), 2, "emulation 'tbf'")
 
 
 def test_planning_does_not_import_a_compiler(model_path: Path) -> None:
