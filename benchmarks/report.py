@@ -386,8 +386,8 @@ def load_table(load: dict[str, Any]) -> list[str]:
 
 
 def _validation(row: dict[str, Any]) -> str:
-    """Validation accuracy; with the number of images if the last training took in the others."""
-    last = row["later"][-1] if row.get("later") else {}
+    """Validation accuracy; with the number of images if a training took in the others."""
+    last = row["later"][-1] if row.get("later") else row
     images = f" (of {last['validation_images']:,})" if last.get("fold_in") else ""
     return f"{100 * row['validation_accuracy']:.2f}{images}"
 

@@ -8,10 +8,11 @@ opening and no extra rounding; one trained coefficient per channel, as published
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from model_opt.data import Split
 from model_opt.networks import activation_shapes, device_of
@@ -238,6 +239,51 @@ def count_relus(model: nn.Module) -> int:
     return sum(layer.count(RELU) for layer in partial_activations(model).values())
 
 
+RELU_CALLS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_")
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's, to which a partial activation is one node; knows where it is, for error messages."""
+
+    where = ""
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer, self.where = self.where, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.where = outer
+        return result
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PartialActivation) or super().is_leaf_module(m, module_qualified_name)
+
+
+def separate_relus(model: nn.Module) -> nn.Module:
+    """The same network, of the same weights, with an nn.ReLU for each place that applies one.
+
+    Networks that call one nn.ReLU several times, or `relu` as a function, come back as a torch.fx.GraphModule; others, and those that
+    cannot be traced, as they are.
+    """
+    try:
+        graph = Tracer().trace(model)
+    except Exception:  # whatever a user's forward raises; the compiler's own trace says where
+        return model
+    traced, seen, changed = fx.GraphModule(model, graph), set(), False
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.ReLU) and node.target not in seen:
+            seen.add(node.target)
+        elif node.target in (seen if node.op == "call_module" else RELU_CALLS):
+            name = node.name
+            while hasattr(traced, name):
+                name += "_"
+            traced.add_module(name, nn.ReLU())
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
+            changed = True
+    if not changed:
+        return model
+    traced.recompile()
+    return traced
+
+
 def replace_relus(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
     """Replace each nn.ReLU by an all-ReLU PartialActivation, in place and on the network's device; the function computed is unchanged.
 
@@ -252,7 +298,7 @@ def replace_relus(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
 
 
 @torch.no_grad()
-def fit_polynomials(model: nn.Module, sample: Split, *, damping: int = 2, released: bool = False, batch: int = 250) -> None:
+def fit_polynomials(model: nn.Module, sample: Split, *, damping: int = 2, released: bool = False) -> None:
     """Set the coefficients of every layer's replacement by the closed forms from its pre-activations on `sample`.
 
     damping: see `PartialActivation.fit`. released: use `damped_fit` as AutoReP's released code does; c2 must then be per channel.
@@ -269,7 +315,7 @@ def fit_polynomials(model: nn.Module, sample: Split, *, damping: int = 2, releas
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     model.eval()
-    where = device_of(model)
+    where, batch = device_of(model), sample.inference_batch(250)
     try:
         for start in range(0, len(sample), batch):
             model(sample[start : start + batch].normalised().to(where))

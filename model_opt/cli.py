@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import all_runs, averaged, describe_hardware, epochs_spent, lineage, minutes_spent, table_row
+from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, table_row, taken_in
 from model_opt.training import (
     NORM_IMAGES,
     Ensemble,
@@ -107,10 +107,20 @@ def _teacher(path: Path) -> tuple[nn.Module, files.NetworkInfo]:
 
 
 def _fitting(dataset: datasets.Dataset, info: files.NetworkInfo, path: Path) -> tuple[data.Split, data.Split]:
-    """Training and validation images as the network at `path` expects them."""
+    """Training images as the network at `path` expects them, and the validation images that no training of its lineage took in."""
     train, validation = dataset.load_train()
     files.check_fits(dataset, train.shape, info, path)
-    return replace(train, mean=info.mean, std=info.std), replace(validation, mean=info.mean, std=info.std)
+    unseen = _unseen(validation, [info])
+    return replace(train, mean=info.mean, std=info.std), replace(unseen, mean=info.mean, std=info.std)
+
+
+def _unseen(validation: data.Split, infos: Sequence[files.NetworkInfo]) -> data.Split:
+    """The validation images that no training of these networks' lineages took in."""
+    taken = taken_in(infos)
+    if taken >= len(validation):
+        raise InputError(f"the network was trained on {taken:,} validation images, here are {len(validation):,}",
+                         "pass the data that it was trained on")
+    return validation[taken:]
 
 
 def _rebuild(info: files.NetworkInfo) -> Callable[[float, int], nn.Module]:
@@ -143,9 +153,12 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _sources(teacher: nn.Module, dataset: datasets.Dataset, splits: tuple[data.Split, data.Split]) -> dict[str, Any]:
+def _sources(teacher: nn.Module, info: files.NetworkInfo, dataset: datasets.Dataset,
+             splits: tuple[data.Split, data.Split]) -> dict[str, Any]:
     """What a network is reduced from."""
-    return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits]}
+    taken = taken_in([info])
+    return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits],
+            **({"fold_in": taken} if taken else {})}
 
 
 def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe, distil: bool, sources: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +175,8 @@ def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.M
     result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folder,
                             distil=settings["distil"], rebuild=_rebuild(info), **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
-               "validation_accuracy": result.validation_accuracy, "minutes": minutes_spent(folder), "epochs_spent": epochs_spent(folder),
+               "validation_accuracy": result.validation_accuracy, "validation_images": len(splits[1]),
+               "minutes": minutes_spent(folder), "epochs_spent": epochs_spent(folder),
                "hardware": describe_hardware(), "torch": torch.__version__, "details": result.details}
     return result, made_by
 
@@ -208,7 +222,7 @@ def train(
     batch: Batch = 256,
     lr: Rate = 0.2,
     schedule: Schedule = "one-cycle",
-    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9)] = 0.1,
+    label_smoothing: Annotated[float, typer.Option(help="Without a teacher.", min=0, max=0.9)] = 0.1,
     ema: Ema = 0.0,
     start_size: Annotated[int, typer.Option(help="Side of the images at first; they grow to full size. 0: full throughout.", min=0)] = 0,
     shift: Shift = data.SHIFT,
@@ -227,12 +241,14 @@ def train(
     _check_writable(out)
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
+    infos: list[files.NetworkInfo] = []
     torch.manual_seed(seed)
     origin, stage = "", None
     if start is not None:
         model, before = files.load_network(start)
+        files.check_fits(source, training.shape, before, start)
+        infos.append(before)
         network, width, origin = before.network, before.width, digest(model)
-        training, validation = _fitting(source, before, start)
         stage = methods.going_on(model, before.made_by)
     else:
         try:
@@ -245,15 +261,18 @@ def train(
     mentors: list[nn.Module] = []
     for path in teacher or []:
         mentor, info = files.load_network(path)
-        _fitting(source, info, path)
-        if (start is not None or mentors) and (info.mean, info.std) != (training.mean, training.std):
+        files.check_fits(source, training.shape, info, path)
+        if infos and (info.mean, info.std) != (infos[0].mean, infos[0].std):
             raise InputError(f"{path} normalises images differently than {start or 'the other teacher'}",
                              "distil from networks of the same lineage")
-        training, validation = (replace(split, mean=info.mean, std=info.std) for split in (training, validation))
+        infos.append(info)
         mentors.append(mentor)
-    if fold_in >= len(validation):
-        raise InputError(f"--fold-in {fold_in} leaves none of the {len(validation):,} validation images", "leave some to validate with")
-    training, validation = training.joined(validation[:fold_in]), validation[fold_in:]
+    if infos:
+        training, validation = (replace(split, mean=infos[0].mean, std=infos[0].std) for split in (training, validation))
+    taken = max(fold_in, taken_in(infos))
+    if taken >= len(validation):
+        raise InputError(f"--fold-in {taken} leaves none of the {len(validation):,} validation images", "leave some to validate with")
+    training, validation = training.joined(validation[:fold_in]), validation[taken:]
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, stage=stage, label="train",
                 teacher=Ensemble(mentors) if len(mentors) > 1 else mentors[0] if mentors else None,
@@ -261,7 +280,7 @@ def train(
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, **asdict(recipe), "distil": bool(mentors), "teachers": len(mentors),
-               "fold_in": fold_in,
+               "fold_in": taken,  # seen by it or by what it comes from
                "validation_accuracy": score, "validation_images": len(validation), "minutes": minutes_spent(where),
                "hardware": describe_hardware()}
     if start is not None:
@@ -290,16 +309,17 @@ def average_networks(
     loaded = [files.load_network(path) for path in networks]
     infos = [info for _, info in loaded]
     source = _open(folder, dataset, image_size, False)
+    training, validation = source.load_train()
     for info, path in zip(infos, networks):
-        training, validation = _fitting(source, info, path)
+        files.check_fits(source, training.shape, info, path)
         if lineage(info.made_by)[0] != lineage(infos[0].made_by)[0] or (info.mean, info.std) != (infos[0].mean, infos[0].std):
             raise InputError(f"{path} and {networks[0]} come from different trainings",
                              "average what `train --from` made of the same network")
-    unseen = len(validation) - max(run.get("fold_in", 0) for info in infos for run in all_runs(info.made_by))
-    if held_out > unseen:
-        raise InputError(f"--held-out {held_out} is more than the {unseen:,} validation images that no training took in", "pass fewer")
-    taken = len(validation) - (held_out or unseen)
-    validation = validation[taken:]
+    unseen = _unseen(validation, infos)
+    if held_out > len(unseen):
+        raise InputError(f"--held-out {held_out} is more than the {len(unseen):,} validation images that no training took in", "pass fewer")
+    taken = len(validation) - (held_out or len(unseen))
+    training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, validation[taken:]))
     model = average([model for model, _ in loaded], training[:NORM_IMAGES])
     score = accuracy(model, validation)
     made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken, "validation_accuracy": score,
@@ -356,7 +376,7 @@ def reduce(
     source = _open(folder, dataset, image_size, download)
     splits = _fitting(source, info, teacher)
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
-    settings = _settings(method, budget, options, recipe, distil, _sources(parent, source, splits))
+    settings = _settings(method, budget, options, recipe, distil, _sources(parent, info, source, splits))
     result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem)
     if world()[0] > 0:
         return
@@ -403,7 +423,7 @@ def pareto(
         chosen.append((configuration, method, _parse_options(method, pairs)))
     source = _open(folder, dataset, image_size, False)
     splits = _fitting(source, info, teacher)
-    sources = _sources(parent, source, splits)
+    sources = _sources(parent, info, source, splits)
     unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
     title = f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}"
     rows: list[dict[str, Any]] = []
@@ -552,7 +572,8 @@ def evaluate(
     folder: Data = Path("data"),
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,
-    split: Annotated[str, typer.Option(help="validation or test. Choose on validation; touch test once.")] = "validation",
+    split: Annotated[str, typer.Option(
+        help="validation (without what a --fold-in took) or test. Choose on validation; touch test once.")] = "validation",
     limit: Annotated[int, typer.Option(help="Only the first LIMIT images; 0 for all.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -561,16 +582,16 @@ def evaluate(
         raise InputError(f"unknown split {split!r}", "use validation or test")
     source = _open(folder, dataset, image_size, False)
     images = source.load_test() if split == "test" else source.load_train()[1]
-    images = images[:limit] if limit else images
     try:
         model, info = files.load_network(file)
         files.check_fits(source, images.shape, info, file)
+        images = (images if split == "test" else _unseen(images, [info]))[:limit or None]
         kind, score, relus = "float", accuracy(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
         relus = relus if info.partial else methods.count_all(model, info.input_shape)
     except files.NetworkFileError:
         loaded = _load_compiled(file)
         files.check_fits(source, images.shape, loaded.public, file)
-        images = replace(images, mean=loaded.public.mean, std=loaded.public.std)
+        images = replace(images[:limit or None], mean=loaded.public.mean, std=loaded.public.std)
         kind, score, relus = "fixed_point", compiler.fixed_point_accuracy(loaded, images), loaded.public.relus
     if as_json:
         print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": score,

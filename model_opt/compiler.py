@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, fx, nn
 
-from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, replace_relus
+from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, Tracer, replace_relus, separate_relus
 from model_opt.data import Split
 from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
 from protocol.plan import make_plan
@@ -44,21 +44,6 @@ class CompileError(Exception):
 
 def _unsupported(what: str, where: str, why: str = "") -> CompileError:
     return CompileError(f"{what} at {where!r} is not supported{': ' + why if why else ''}; supported: {', '.join(SUPPORTED)}")
-
-
-class _Tracer(fx.Tracer):
-    """Knows where it is, for error messages."""
-
-    where = ""
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outer, self.where = self.where, self.path_of_module(m)
-        result = super().call_module(m, forward, args, kwargs)
-        self.where = outer
-        return result
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PartialActivation) or super().is_leaf_module(m, module_qualified_name)
 
 
 FACTOR_BITS = 7
@@ -265,7 +250,7 @@ def _line_of(error: BaseException) -> str:
 
 def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[_Draft], tuple[int, ...]]:
     """The network's drafts, and the shape of its output for one image."""
-    tracer = _Tracer()
+    tracer = Tracer()
     try:
         traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
@@ -297,7 +282,7 @@ def check(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _with_partial_activations(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
     try:
-        return replace_relus(copy.deepcopy(network).cpu().float().eval(), input_shape)
+        return replace_relus(separate_relus(copy.deepcopy(network).cpu().float().eval()), input_shape)
     except ValueError as error:
         raise CompileError(str(error)) from error
     except Exception as error:  # whatever a user's forward raises
@@ -309,7 +294,7 @@ def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes
     """Compile a trained network.
 
     Args:
-        network: any module that torch.fx can trace; nn.ReLU and PartialActivation are its activations.
+        network: any module that torch.fx can trace; ReLUs and PartialActivation are its activations.
         calibration: normalised images (N, *input_shape), float; they choose the number formats.
         mean, std: per channel, in units of pixel / 255; the client normalises with them.
         eight_bits: store weights as 8-bit integers per output channel.

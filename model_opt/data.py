@@ -50,6 +50,10 @@ class Split:
         """Shape of one image."""
         return tuple(self.images.shape[1:])
 
+    def inference_batch(self, images: int) -> int:
+        """How many images go through a network together without gradients: `images` of 32x32, or as many pixels, at least 16."""
+        return max(images * 32 * 32 // (self.images[0, 0].numel() or 1), 16) if len(self) else images
+
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (N, C, H, W) to float32, (pixel / 255 - mean) / std for each channel."""

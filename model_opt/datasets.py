@@ -242,7 +242,7 @@ class ClassFolders(ImageFiles):
         if train.shape != validation.shape:
             raise DataError(f"training images are {train.shape[2]}x{train.shape[1]}, validation images {validation.shape[2]}x"
                             f"{validation.shape[1]}; pass --image-size to resize them all")
-        pixels = train.images[:: max(len(train) // 10_000, 1)].float() / 255
+        pixels = train.images[:: -(-len(train) // 1000)].float() / 255
         self.mean = tuple(round(float(v), 4) for v in pixels.mean((0, 2, 3)))
         self.std = tuple(round(max(float(v), 0.01), 4) for v in pixels.std((0, 2, 3)))
         return self._split(train.images, train.labels), self._split(validation.images, validation.labels)
@@ -272,6 +272,8 @@ def open_dataset(root: Path, name: str = "auto", size: int = 0) -> Dataset:
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     if name.startswith("cifar"):
+        if size:
+            raise DataError(f"the images of {name} are 32x32 and cannot be resized; leave out --image-size")
         return Cifar(root, name)
     return TinyImageNet(root, size) if name == "tiny-imagenet" else ClassFolders(root, size)
 

@@ -13,6 +13,7 @@ import torch
 
 from model_opt.files import NetworkInfo
 from model_opt.methods import count_all
+from model_opt.training import world
 
 FOUND = ("command", "relus", "total", "validation_accuracy", "validation_images", "minutes", "epochs_spent", "hardware", "torch", "details")
 """What `made_by` holds beside the settings."""
@@ -38,9 +39,9 @@ def epochs_spent(folder: Path) -> int:
 
 
 def describe_hardware() -> str:
-    """The GPU's name, or the processor's with the number of cores."""
+    """The GPU's name and how many processes use one each, or the processor's with the number of cores."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        return f"{world()[1]} x {torch.cuda.get_device_name()}"
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -62,6 +63,11 @@ def all_runs(made_by: dict[str, Any]) -> list[dict[str, Any]]:
         own = {key: value for key, value in part.items() if key != "besides"}
         found += [run for run in (*part.get("besides", ()), own) if run not in found]
     return found
+
+
+def taken_in(infos: Sequence[NetworkInfo]) -> int:
+    """How many validation images, the first ones, any training of these networks or of their ancestors took in."""
+    return max((run.get("fold_in", 0) for info in infos for run in all_runs(info.made_by)), default=0)
 
 
 def averaged(infos: Sequence[NetworkInfo]) -> dict[str, Any]:
@@ -95,4 +101,5 @@ def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
             "hardware": " and ".join(dict.fromkeys(run["hardware"] for run in runs)),
             "minutes": round(sum(run["minutes"] for run in runs), 1), "torch": made_by.get("torch", ""),
             "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by.get("details", {}),
+            **({name: last[name] for name in ("fold_in", "validation_images")} if last.get("fold_in") else {}),
             **({"later": later} if later else {})}

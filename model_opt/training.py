@@ -155,7 +155,7 @@ def _parallel(model: nn.Module, where: torch.device) -> nn.Module:
     if world()[1] == 1:
         return model
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     return DistributedDataParallel(model)
 
 
@@ -207,9 +207,9 @@ def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
+def accuracy(model: nn.Module, split: Split) -> float:
     """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
-    where = device_of(model)
+    where, batch = device_of(model), split.inference_batch(500)
     was_training = model.training
     model.eval()
     hits = 0
@@ -221,7 +221,7 @@ def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, sample: Split, batch: int = 125) -> None:
+def reestimate_norms(model: nn.Module, sample: Split, batch: int | None = None) -> None:
     """Set every BatchNorm's running statistics to the medians of those of the batches of `sample`, unaugmented.
 
     Behind squares a single outlier dominates averages, those of training too, and spoils evaluation: one image in a thousand made 8%
@@ -231,7 +231,7 @@ def reestimate_norms(model: nn.Module, sample: Split, batch: int = 125) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # the statistics of the last batch alone
-    where = device_of(model)
+    where, batch = device_of(model), batch or sample.inference_batch(125)
     model.train()
     seen: list[list[tuple[Tensor, Tensor]]] = []
     for start in range(0, max(len(sample) - batch, 0) + 1, batch):  # whole batches, or the one that there is
@@ -370,8 +370,10 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
     """
     if len(train) < recipe.batch:
         raise TrainingError(f"{len(train)} training images are fewer than one batch of {recipe.batch}; use a smaller --batch")
-    if recipe.start_size and partial_activations(model):
+    if recipe.start_size and any(partial_activations(network) for network in (model, teacher) if network is not None):
         raise TrainingError("masks are of one image size; leave out --start-size, which only all-ReLU networks can use")
+    if recipe.start_size >= train.shape[-1]:
+        raise TrainingError(f"images of {train.shape[-1]} pixels cannot grow from --start-size {recipe.start_size}; pass a smaller one")
     stage = stage or Stage()
     settings = {"label": label, "distil": teacher is not None, "teacher": digest(teacher) if teacher is not None else "",
                 "data": [train.digest(), validation.digest()], **asdict(recipe), **(settings or {})}
@@ -402,6 +404,11 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     parts = _Parts(model, optimiser, generator, stage, average)
     first, step = parts.resume(checkpoint, settings) if checkpoint.exists() else (0, 0)
     parallel, trained = _parallel(model, where), _trained(model)
+    if processes > 1:
+        ends = torch.tensor([step, -step], device=where)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        if int(ends.sum()):
+            raise TrainingError(f"the processes found different checkpoints in {folder}; all machines must share that folder")
     share = slice(rank, None, processes)
     steps = recipe.epochs * (len(train) // recipe.batch)
     validated = accuracy(model, validation) if first else 0.0

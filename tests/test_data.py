@@ -21,6 +21,8 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_cifar10(cifar: Path) -> None:
+    with pytest.raises(DataError, match="32x32"):
+        open_dataset(cifar, size=64)
     source = open_dataset(cifar)
     train, validation = source.load_train()
     assert (source.name, len(train), len(validation), len(source.load_test())) == ("cifar10", 45_000, 5_000, 10_000)
@@ -211,3 +213,10 @@ def test_processes_share_the_batches() -> None:
     for x, a, b in zip(whole, even, odd):
         assert torch.equal(x[::2], a)
         assert torch.equal(x[1::2], b)
+
+
+def test_large_images_go_through_a_network_in_small_batches() -> None:
+    def batch(side: int) -> int:
+        return data.Split(torch.zeros(20, 3, side, side, dtype=torch.uint8), torch.zeros(20), (0.5,) * 3, (0.25,) * 3).inference_batch(500)
+
+    assert [batch(side) for side in (32, 64, 128, 512)] == [500, 125, 31, 16]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus
+from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus, separate_relus
 from model_opt.compiler import CompileError, compile_model
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, check_budget, going_on, make_options, reduce
@@ -25,7 +27,7 @@ from model_opt.methods.slimmable import make_slimmable, set_factor
 from model_opt.methods.snl import Options as SnlOptions
 from model_opt.methods.snl import Snl
 from model_opt.networks import build
-from model_opt.training import Recipe, Stage, TrainingError, accuracy, fit
+from model_opt.training import Recipe, Stage, TrainingError, _optimiser, accuracy, fit
 from protocol.inference import infer
 from protocol.simulation import simulate
 from tests.samples import MEAN, STD, learnable, network_info
@@ -138,8 +140,51 @@ def test_a_network_without_a_registry_entry(tmp_path: Path) -> None:
         assert 0 < result.relus <= 700, method
         model = compile_model(result.model, x, name="m", classes=(), mean=MEAN, std=STD)
         assert torch.allclose(simulate(model, x.double()), result.model(x).double(), atol=0.05), method
-    pairs = {"1": "0", "3": "2", "6": "5"}
-    assert weights_before(own, (3, 32, 32)) == pairs
+    assert weights_before(own) == {"1": "0", "3": "2", "6": "5"}
+
+
+class Bottleneck(nn.Module):
+    """As users write them: one nn.ReLU for all places, a function, layers registered in another order than they run, 1x1 at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.relu = nn.Linear(8, 10), nn.ReLU(inplace=True)
+        self.shortcut, self.conv3 = nn.Conv2d(3, 8, 1, 4), nn.Conv2d(4, 8, 1)
+        self.conv2, self.conv1 = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(3, 4, 3, 2, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(self.relu(self.conv2(self.relu(self.conv1(x)))))
+        y += self.shortcut(x)
+        return self.last(torch.flatten(self.pool(nn.functional.relu(y)), 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("method", "options"), [("autorep", {}), ("snl", {}), ("senet", {}), ("deepreduce", {})])
+def test_a_network_whose_places_share_a_relu(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own, x = Bottleneck(), VALIDATION[:4].normalised()
+    separate = separate_relus(own)
+    assert torch.equal(own(x), separate(x)) and separate_relus(separate) is separate
+    assert list(weights_before(separate).values()) == ["conv1", "conv2", "conv3"]
+    result = reduce(own, method=method, budget=np.int64(1100), data=(TRAIN, VALIDATION), recipe=SHORT, folder=tmp_path, **options)
+    assert [layer.mask.numel() for layer in partial_activations(result.model).values()] == [1024, 256, 512] and 0 < result.relus <= 1100
+    model = compile_model(result.model, x, name="m", classes=(), mean=MEAN, std=STD)
+    assert torch.allclose(simulate(model, x.double()), result.model(x).double(), atol=0.05)
+    assert list(own.state_dict()) == list(Bottleneck().state_dict())
+
+
+def test_momentum_leaves_the_gates_gradients_alone(teacher: nn.Module) -> None:
+    """PyTorch's SGD over many tensors at once, as on GPUs, writes Nesterov's momentum into gradients."""
+    student = replace_relus(deepcopy(teacher), (3, 32, 32))
+    stage = AutoRep(student, 3000, Options(), 0)
+    optimiser = _optimiser(student, stage.begin(student, None), SHORT)
+    for group in optimiser.param_groups:
+        group["foreach"] = True
+    for _ in range(3):
+        for gate in stage.gates():
+            gate.grad = torch.ones_like(gate)
+        optimiser.step()
+    assert all(bool((gate.grad == 1).all()) for gate in stage.gates())
 
 
 def test_networks_and_budgets_that_cannot_be(teacher: nn.Module, tmp_path: Path) -> None:
@@ -387,7 +432,7 @@ def test_pruning_reaches_its_density(teacher: nn.Module, tmp_path: Path) -> None
 def test_an_average_of_the_weights_spoils_neither_sensitivities_nor_masks(teacher: nn.Module, tmp_path: Path) -> None:
     plain, averaged = (sensitivities(Task(teacher, 3000, TRAIN, VALIDATION, replace(SHORT, ema=ema), tmp_path / str(ema)),
                                      SenetOptions(), 1) for ema in (0.0, 0.95))
-    assert averaged == plain and max(plain) > 0.5
+    assert averaged == plain and max(plain.values()) > 0.5
 
     class Last(Stage):
         def after_epoch(self) -> None:

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import nn
 
 from model_opt.activation import IDENTITY, RELU, SQUARE, count_relus, partial_activations, replace_relus
-from model_opt.cli import average_networks, pareto, reduce, show, train
+from model_opt.cli import average_networks, evaluate, pareto, reduce, show, train
 from model_opt.compiler import compile_model
 from model_opt.datasets import open_dataset
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import count_all
 from model_opt.networks import build
 from model_opt.published import CIFAR10
-from model_opt.runs import table_row
+from model_opt.runs import table_row, taken_in
 from model_opt.show import draw_pareto
 from model_opt.training import TrainingError, average
 from protocol.model import save
@@ -81,6 +81,25 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
     refused(capsys, "other settings (data)")
 
 
+def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is made of a network that took in validation images is measured on the others."""
+    (kept,) = open_dataset(Path("data")).load_train()[1:]
+    train(Path("parent"), start=Path("teacher"), fold_in=1, **SHORT)
+    reduce(Path("parent"), Path("child"), budget=200, lr=0.01, **SHORT)
+    train(Path("pupil"), start=Path("teacher"), teacher=[Path("parent")], **SHORT)
+    train(Path("heir"), start=Path("child"), **SHORT)
+    for name in ("parent", "child", "pupil", "heir"):
+        info = load_network(Path(name))[1]
+        assert info.made_by["validation_images"] == len(kept) - 1 and taken_in([info]) == 1, name
+        capsys.readouterr()
+        evaluate(Path(name), as_json=True)
+        assert json.loads(capsys.readouterr().out)["images"] == len(kept) - 1, name
+    pareto(Path("parent"), Path("table"), "200", ["autorep"], **SHORT, lr=0.01)
+    pareto(Path("parent"), Path("table"), "200", ["autorep"], **SHORT, lr=0.01)  # takes its finished row
+    (row,) = json.loads(Path("table/pareto.json").read_text())["rows"]
+    assert row["validation_images"] == len(kept) - 1
+
+
 def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rows(**changes: Any) -> list[dict[str, Any]]:
         pareto(Path("teacher"), Path("table"), "200", ["autorep"], **(SHORT | {"lr": 0.01} | changes))
@@ -128,6 +147,12 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     with pytest.raises(SystemExit):
         train(Path("better"), start=Path("out"), fold_in=len(kept), **SHORT)
     refused(capsys, "--fold-in", "leaves none")
+    with pytest.raises(SystemExit):
+        train(Path("again"), start=Path("teacher"), teacher=[Path("out")], start_size=8, **SHORT)
+    refused(capsys, "masks are of one image size")
+    with pytest.raises(SystemExit):
+        train(Path("again"), start=Path("teacher"), start_size=16, **SHORT)
+    refused(capsys, "cannot grow from --start-size 16")
     average_networks([Path("out"), Path("better")], Path("mean"))
     states = [load_network(Path(name))[0].state_dict() for name in ("out", "better", "mean")]
     weight = "blocks.0.conv1.weight"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from model_opt import compiler
-from model_opt.activation import partial_activations
+from model_opt.activation import partial_activations, separate_relus
 from model_opt.data import Split
 from model_opt.datasets import Dataset
 from model_opt.methods import autorep, cost, deepreduce, senet, snl
@@ -43,7 +43,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     """Reduce the ReLUs of a trained network to a budget.
 
     Args:
-        model: all-ReLU network of nn.ReLU modules that torch.fx can trace; it is not changed.
+        model: all-ReLU network that torch.fx can trace; it is not changed.
         method: of `METHODS`; `options` are its own, see the Options class in its module.
         budget: ReLUs per image that may remain; the result never has more.
         data: a data set, or training and validation images.
@@ -55,6 +55,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     """
     chosen = make_options(method, options)
     train, validation = data.load_train() if isinstance(data, Dataset) else data
+    model = separate_relus(model)
     if partial_activations(model):
         raise BudgetError("the network is reduced already; pass the all-ReLU network")
     outputs = compiler.check(model, train.shape)
@@ -63,7 +64,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     if len(outputs) != 1 or classes > outputs[0] or (isinstance(data, Dataset) and classes != outputs[0]):
         raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
                           "pass the data that it was trained on")
-    task = Task(model, budget, train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
+    task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
     return METHODS[method][1](task, chosen)
 
 

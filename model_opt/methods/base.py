@@ -163,8 +163,9 @@ class GateStage(Stage):
 
     def begin(self, model: nn.Module, teacher: nn.Module | None) -> list[dict[str, Any]]:
         self.optimiser = torch.optim.Adam(self.gates(), lr=self.lr)
-        # in the main optimiser the gates have rate zero: it must know them, but Adam moves them
-        return [{"params": self.gates(), "scale": 0.0, "weight_decay": 0.0}]
+        # in the main optimiser the gates have rate zero: it must know them, but Adam moves them; its momentum would be written
+        # into their gradients where PyTorch updates many tensors at once, as on GPUs
+        return [{"params": self.gates(), "scale": 0.0, "weight_decay": 0.0, "momentum": 0.0}]
 
     def adapt(self) -> None:
         """Change the gates' gradients before Adam's step."""

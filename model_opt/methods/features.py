@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from model_opt.activation import PartialActivation
-from model_opt.networks import activation_shapes, device_of
+from model_opt.networks import activation_shapes
 
 
 def stages(model: nn.Module, input_shape: tuple[int, ...]) -> list[list[str]]:
@@ -21,29 +20,24 @@ def stages(model: nn.Module, input_shape: tuple[int, ...]) -> list[list[str]]:
     return [list(names) for _, names in groupby(shapes, key=lambda name: shapes[name][1:])]
 
 
-@torch.no_grad()
-def weights_before(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, str]:
-    """For each nn.ReLU the convolution or linear layer that feeds it: the last one run before, shortcuts (1x1) left out."""
-    last, hooks = "", []
-    found: dict[str, str] = {}
+def weights_before(model: nn.Module) -> dict[str, str]:
+    """For each nn.ReLU the convolution or linear layer that feeds it, "" if none does; of a residual addition's branches the longer one."""
+    graph = fx.Tracer().trace(model)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    kinds = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
 
-    def ran(name: str) -> None:
-        nonlocal last
-        last = name
+    def source(node: fx.Node) -> fx.Node | None:
+        """The last weights on the way to a node's output, but not across another ReLU."""
+        if isinstance(kinds.get(node), (nn.Conv2d, nn.Linear)):
+            return node
+        if isinstance(kinds.get(node), nn.ReLU):
+            return None
+        branches = [found for found in map(source, node.all_input_nodes) if found is not None]
+        return max(branches, key=lambda found: position[found.all_input_nodes[0]], default=None)
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)):
-            hooks.append(module.register_forward_hook(lambda *_, name=name: ran(name)))
-        elif isinstance(module, nn.ReLU):
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: found.__setitem__(name, last)))
-    was_training = model.training
-    try:
-        model.eval()(torch.zeros(1, *input_shape, device=device_of(model)))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found
+    relus = [node for node, module in kinds.items() if isinstance(module, nn.ReLU)]
+    found = {str(relu.target): source(relu.all_input_nodes[0]) for relu in relus}
+    return {name: str(node.target) if node is not None else "" for name, node in found.items()}
 
 
 class Recorder:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, RELU, partial_activations
@@ -125,14 +126,14 @@ class Pruning(Stage):
         self.masks = {name: w.detach() != 0 for name, w in self.weights.items()}
 
 
-def sensitivities(task: Task, options: Options, epochs: int) -> list[float]:
-    """ReLU sensitivity of each activation, in order: 1 - density of the layer before it in the pruned teacher."""
+def sensitivities(task: Task, options: Options, epochs: int) -> dict[str, float]:
+    """ReLU sensitivity of each activation: 1 - density of the layer before it in the pruned teacher."""
     pruned, stage = deepcopy(task.teacher), Pruning(options.density)
     recipe = replace(task.recipe, epochs=epochs, lr=task.recipe.lr * options.tune_lr, ema=0.0)  # an average has no zeros
     fit(pruned, task.train, task.validation, recipe, task.folder / "prune", teacher=task.mentor, stage=stage, label="senet prune",
         settings=task.settings(options))
     kept = stage.densities()
-    return [1 - kept[name] if name else 0.0 for name in weights_before(task.teacher, task.shape).values()]
+    return {relu: 1 - kept[name] if name else 0.0 for relu, name in weights_before(task.teacher).items()}
 
 
 class Mismatch(Stage):
@@ -168,6 +169,8 @@ class Mismatch(Stage):
         moved = 0
         for (name, layer), count in zip(self.layers.items(), self.counts):
             score = self.sums[name]
+            if torch.distributed.is_initialized():  # each process has seen its share of the images
+                torch.distributed.all_reduce(score)
             keep = torch.zeros(layer.mask.numel(), dtype=torch.bool, device=layer.mask.device)
             if self.granularity == "channel":
                 keep = keep.view(len(layer.mask), -1)
@@ -223,8 +226,8 @@ def reduce(task: Task, options: Options) -> Reduced:
         check_slimmable(task, options.widths)
     prune, search, tune = split_epochs(task.recipe, options.prune, options.search, 1)
     student = task.student()
-    layers = partial_activations(student).values()
-    sensitivity = sensitivities(task, options, prune)
+    found, layers = sensitivities(task, options, prune), partial_activations(student).values()
+    sensitivity = [found[name] for name in partial_activations(student)]
     counts = allocate(task.budget, sensitivity, [layer.mask.numel() for layer in layers])
     if options.granularity == "channel":
         counts = whole_channels(counts, [tuple(layer.mask.shape) for layer in layers])
