@@ -30,7 +30,16 @@ from protocol import relucent_pb2_grpc as rpc
 from protocol import ring
 from protocol.channel import Duplex
 from protocol.dealing import DealtToClient
-from protocol.errors import InputError, MaterialElsewhere, MaterialError, ModelMismatch, PeerError, ProtocolViolation, RelucentError
+from protocol.errors import (
+    InputError,
+    MaterialElsewhere,
+    MaterialError,
+    ModelMismatch,
+    PeerError,
+    ProtocolViolation,
+    RelucentError,
+    one_line,
+)
 from protocol.inference import encode_images
 from protocol.material import Material
 from protocol.model import PublicModel
@@ -114,7 +123,7 @@ def list_models(server: str, *, ca: Path | None = None, token: str | None = None
             listed = rpc.InferenceStub(channel).List(pb.ListRequest(protocol_version=PROTOCOL_VERSION), timeout=timeout_s)
         except grpc.RpcError as error:
             raise translate(error, "the server") from None
-    return [ModelSummary(m.name, m.model_id, m.relus, m.classes, tuple(m.input_shape)) for m in listed.models]
+    return [ModelSummary(one_line(m.name), one_line(m.model_id), m.relus, m.classes, tuple(m.input_shape)) for m in listed.models]
 
 
 def default_stock() -> Path:

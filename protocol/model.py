@@ -378,11 +378,12 @@ def parse_public(description: Any, masks: dict[str, Tensor]) -> PublicModel:
         kind = str if key == "classes" else float
         _require(isinstance(description.get(key), list) and len(description[key]) <= 65536
                  and all(isinstance(v, kind) for v in description[key]), f"{key} is invalid")
+    _require(all(label.isprintable() for label in description["classes"]), "classes is invalid")
     channels = description["input_shape"][0]
     _require(len(description["mean"]) == len(description["std"]) == channels
              and all(map(math.isfinite, description["mean"] + description["std"]))
              and all(v > 0 for v in description["std"]), "mean and std do not fit the input")
-    _require(isinstance(description.get("name"), str) and len(description["name"]) <= 128, "no name")
+    _require(isinstance(description.get("name"), str) and len(description["name"]) <= 128 and description["name"].isprintable(), "no name")
     digest = description.get("private_digest")
     _require(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None, "no digest")
     largest = description.get("largest_logit")

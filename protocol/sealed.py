@@ -22,8 +22,11 @@ TAG_BYTES = 16
 KEY_BYTES = 32
 
 
-def load_key(path: Path) -> bytes:
-    """A key that encrypts secrets at rest; made on first use, readable by its owner only. Raises InputError, StorageError."""
+def load_key(path: Path, private: bool = True) -> bytes:
+    """A key that encrypts secrets at rest; made on first use, readable by its owner only. Raises InputError, StorageError.
+
+    private: whether it may be readable by nobody but the owner and, as orchestrators mount secrets, a group.
+    """
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +40,7 @@ def load_key(path: Path) -> bytes:
                     os.link(part, path)
             finally:
                 part.unlink(missing_ok=True)
-        if path.stat().st_mode & 0o037:  # a group may read it, as orchestrators mount secrets
+        if private and path.stat().st_mode & 0o037:
             raise InputError(f"others can read the key {path}", f"chmod 600 {path}")
         key = path.read_bytes()
     except OSError as error:

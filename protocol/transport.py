@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import re
 import secrets
@@ -21,9 +20,6 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
-
-# TLS 1.3 only: gRPC offers no setting for it, but its TLS 1.2 is left without a usable cipher suite
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
 
 import grpc
 
@@ -73,6 +69,8 @@ STATUS: dict[type[RelucentError], grpc.StatusCode] = {
 }
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
 _NAME_KEY, _HINT_KEY, _REQUEST_KEY = "relucent-error", "relucent-hint", "relucent-request"
+OPENING_S = 10.0
+"""How long a call's first message may take."""
 TIMELINE_KEY = "relucent-timeline-bin"
 ACCEPTED_KEY = "relucent-accepted"
 
@@ -369,16 +367,19 @@ def next_message(messages: Iterator[Incoming], peer: str) -> Incoming:
         raise translate(error, peer) from None
 
 
-def next_kind(messages: Iterator[Any], kind: str) -> Any:
-    """The next message of a caller's stream, which must be of `kind`."""
+def next_from_caller(messages: Iterator[Incoming]) -> Incoming:
+    """The next message of a caller's stream. Raises PeerError."""
     try:
-        message = next(messages, None)
-    except grpc.RpcError:
-        message = None
+        return next(messages)
+    except (StopIteration, grpc.RpcError):
+        raise PeerError("the caller ended the call early") from None
     except Exception as error:  # grpc raises a bare Exception when the call is cancelled while waiting
         raise PeerError("the caller went away") from error
-    if message is None:
-        raise PeerError("the caller ended the call early")
+
+
+def next_kind(messages: Iterator[Any], kind: str) -> Any:
+    """The next message of a caller's stream, which must be of `kind`."""
+    message = next_from_caller(messages)
     if message.WhichOneof("kind") != kind:
         raise ProtocolViolation(f"a message of another kind arrived where {kind!r} is due")
     return getattr(message, kind)
@@ -422,6 +423,36 @@ def time_limit(context: grpc.ServicerContext, limit_s: float, idle_s: float | No
         yield touch
     finally:
         over.set()
+
+
+class PromptCallers(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Ends calls whose only request does not come within `opening_s`: gRPC itself would keep a thread for each as long as it lasts."""
+
+    def __init__(self, opening_s: float) -> None:
+        self._opening_s = opening_s
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        """The handler, reading a stream of one request, which is the same on the wire."""
+        handler = continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+
+        def request(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            with time_limit(context, self._opening_s):
+                return next_from_caller(messages)
+
+        def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            with answering("opening", context):
+                opening = request(messages, context)
+            return handler.unary_unary(opening, context)
+
+        def answers(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            with answering("opening", context):
+                opening = request(messages, context)
+            yield from handler.unary_stream(opening, context)
+
+        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+        return make(answers if handler.response_streaming else answer, handler.request_deserializer, handler.response_serializer)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -112,6 +113,7 @@ def serve_models(
     metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
     """Serve MODELS until SIGTERM; SIGHUP reads them again. Prints one line with the address once it is ready."""
+    _no_hangup()
     settings = _server_settings(config, {k: v for k, v in locals().items() if k != "config"})
     from server.catalogue import load_models
     from server.host import run_server, run_workers
@@ -132,8 +134,14 @@ def serve_models(
         run_workers(settings, command)
 
 
+def _no_hangup() -> None:
+    """Until the service runs and reads its models again on SIGHUP, that ends nothing."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def run_worker(path: str) -> None:
     """One of several processes, with the settings in a JSON file."""
+    _no_hangup()
     from server.catalogue import load_models
     from server.host import run_server
 
@@ -179,6 +187,7 @@ def serve_dealer(
     metrics: MetricsAt = None, log_json: LogJson = None, grace_s: Grace = None,
 ) -> None:
     """Deal until SIGTERM. Prints one line with the address once it is ready."""
+    _no_hangup()
     settings: Settings = read_settings(DealerSettings, config, {k: v for k, v in locals().items() if k != "config"})
     assert isinstance(settings, DealerSettings)
     from server.host import run_dealer

@@ -59,8 +59,8 @@ log = logging.getLogger("relucent.dealer")
 MEETING_S = 30.0
 """How long the first party waits for the second."""
 DEAL_S = 600.0
-STALL_S = 30.0
-"""How long a party may leave its queue full."""
+STALL_S, SLOWEST = 30.0, 125_000
+"""How long parties may leave their queues full, over all of a dealing, beyond the time that their bytes take at so many a second."""
 REGISTER_S = 60.0
 MAX_WAITING = 96
 """Parties of a kind that may wait for the other."""
@@ -91,6 +91,7 @@ class _Meeting:
     gone: set[str] = field(default_factory=set)
     begun: bool = False
     dealt: bool = False
+    patience_s: float = field(default_factory=lambda: STALL_S)
     both: threading.Event = field(default_factory=threading.Event)
     dead: threading.Event = field(default_factory=threading.Event)
     queues: dict[str, queue.Queue[Any]] = field(default_factory=lambda: {p: queue.Queue(maxsize=16) for p in ("client", "server")})
@@ -109,11 +110,16 @@ class _Meeting:
                 self.dead.set()
 
     def _queued(self, party: str, message: Any, over: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + STALL_S
-        while not (over() or self.dead.is_set()) and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Full):
+        while not (over() or self.dead.is_set()) and self.patience_s > 0:
+            started = time.monotonic()
+            try:
                 self.queues[party].put(message, timeout=0.2)
+                self.patience_s += message.ByteSize() / SLOWEST if isinstance(message, pb.MaterialDown) else 0
                 return True
+            except queue.Full:
+                pass
+            finally:
+                self.patience_s -= time.monotonic() - started
         return False
 
     def left(self, party: str) -> None:
@@ -220,6 +226,8 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
             try:
                 if not meeting.both.wait(self._meeting_s):
                     raise PeerTimeout("the other party did not ask for its part in time")
+                if meeting.dead.is_set():
+                    raise PeerError("the other party left, or dealing failed; the material is destroyed")
                 if party == "client":  # one of the two handlers does the work
                     threading.Thread(target=copy_context().run, args=(self._deal, registration, meeting, timeline), daemon=True,
                                      name="deal").start()
@@ -293,8 +301,12 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
 
     def _deal(self, registration: _Registration, meeting: _Meeting, timeline: Timeline) -> None:
         try:
-            if not self._slots.acquire(timeout=MEETING_S):
-                raise ResourceLimit("the dealer is busy")
+            deadline = time.monotonic() + MEETING_S
+            while not self._slots.acquire(timeout=0.2):
+                if meeting.dead.is_set():
+                    return
+                if time.monotonic() > deadline:
+                    raise ResourceLimit("the dealer is busy")
             meeting.begun = True
             senders: dict[str, ChunkSender] = {}
             try:

@@ -25,7 +25,7 @@ from protocol.errors import InputError, PeerError, RelucentError
 from protocol.model import Model
 from protocol.sealed import load_key
 from protocol.tls import seconds_left
-from protocol.transport import OPTIONS, Security, connect, listen
+from protocol.transport import OPENING_S, OPTIONS, PromptCallers, Security, connect, listen
 from server.catalogue import Catalogue, load_models
 from server.config import DealerSettings, ServerSettings, Settings
 from server.dealer import DealerService
@@ -48,6 +48,13 @@ SWEEP_S = 60.0
 RESTART_S = 1.0
 
 
+class Health(health.HealthServicer):  # type: ignore[misc]
+    """Without Watch, by which anybody could hold calls for ever; who asks for it falls back on Check, or takes us for healthy."""
+
+    def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext, send_response_callback: Any = None) -> None:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
+
+
 class Running:
     """A service with health, metrics, reflection if wanted, and a drain on SIGTERM.
 
@@ -62,14 +69,14 @@ class Running:
         changes = {"grpc.so_reuseport": int(share_port), "grpc.max_concurrent_streams": CONNECTION_CALLS,
                    "grpc.max_connection_age_ms": CONNECTION_S * 1000, "grpc.max_connection_age_grace_ms": CONNECTION_GRACE_S * 1000}
         self._options = [*(dict(OPTIONS) | changes).items()]
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._servers: list[grpc.Server] = []
         self._stop, self._reload = threading.Event(), threading.Event()
 
     def listen(self, address: str, security: Security, verify_peers: bool = False) -> str:
         """Add an address; returns it with its port."""
         server = grpc.server(ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="call"), options=self._options,
-                             maximum_concurrent_rpcs=CALL_THREADS)
+                             maximum_concurrent_rpcs=CALL_THREADS, interceptors=(PromptCallers(OPENING_S),))
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:

@@ -15,7 +15,7 @@ from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
 from protocol.channel import Duplex
 from protocol.dealing import DealtToServer
-from protocol.errors import AccessDenied, ModelMismatch, ProtocolViolation, ResourceLimit
+from protocol.errors import AccessDenied, ModelMismatch, PeerError, ProtocolViolation, ResourceLimit
 from protocol.online import online_server
 from protocol.plan import Plan
 from protocol.preprocessing import preprocess_server
@@ -23,6 +23,7 @@ from protocol.timeline import Timeline
 from protocol.tls import ANYBODY, Identity
 from protocol.transport import (
     ACCEPTED_KEY,
+    OPENING_S,
     TIMELINE_KEY,
     Session,
     answering,
@@ -54,10 +55,6 @@ from server.stock import Stock
 
 log = logging.getLogger("relucent.server")
 Reply = TypeVar("Reply")
-OPENING_S = 10.0
-"""How long a session's first message may take."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """What one call may ask for. Times in seconds: of a whole call, and between two messages.
@@ -237,7 +234,10 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
             started = time.perf_counter()
             # from here on the material is spent, whatever happens
             material = self._stock.take(opening.material_id, opening.client_secret, opening.model_id, hosted.plan)
-            context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
+            try:
+                context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
+            except grpc.RpcError:  # the call was cancelled while it waited for its turn
+                raise PeerError("the caller went away") from None
             channel = Duplex(ChunkSender(session.send), ChunkReceiver(lambda: next_kind(session.incoming, "chunk")))
             timed = self._limits.timelines and opening.timeline
             timeline = Timeline(time.perf_counter if timed else None, started)

@@ -54,7 +54,7 @@ class Stock:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StorageError(f"cannot make {folder}: {error.strerror}", "name another folder") from error
-            self.holder = hashlib.sha256(load_key(folder.with_name(f"{folder.name}.id"))).digest()[:ID_BYTES]
+            self.holder = hashlib.sha256(load_key(folder.with_name(f"{folder.name}.id"), private=False)).digest()[:ID_BYTES]
             self.tidy()
 
     def reserve(self, plan: Plan, client_id: bytes, identity: str) -> bytes:

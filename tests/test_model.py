@@ -115,6 +115,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "too many weights": lambda d: d["nodes"][0]["attrs"].update(shape=[65536, 65536, 1, 1]),
     "zero coefficient": lambda d: d["nodes"][1]["attrs"].update(c2_factor=[0] * 8),
     "list for object": lambda d: d.update(fixed_point=[]),
+    "name with an escape": lambda d: d.update(name="m\x1b[2J"),
+    "class with an escape": lambda d: d.update(classes=["\x1b]0;x\x07", *d["classes"][1:]]),
 }
 
 

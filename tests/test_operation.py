@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.relay import Relay
 from client import Client, list_models
 from protocol import relucent_pb2 as pb
+from protocol import relucent_pb2_grpc as rpc
 from protocol.errors import (
     AccessDenied,
     InputError,
@@ -125,6 +126,62 @@ def test_links_speak_tls_1_3_only(site: Site) -> None:
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises((ssl.SSLError, OSError)), socket.create_connection((host, int(port)), 5) as raw:
         context.wrap_socket(raw, server_hostname="localhost")
+
+
+@pytest.mark.parametrize("first", ["client", "protocol.transport", "server.host"])
+def test_clients_refuse_older_tls(first: str, tmp_path: Path) -> None:
+    """Whichever of our modules is imported first, in a process of its own."""
+    import socket
+    import sys
+
+    certificate, key = Authority(tmp_path).issue(Identity("server", "alpha"), ["localhost"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["h2"])
+    code = f"""
+import {first}, grpc
+from pathlib import Path
+from protocol.transport import Security, connect
+try:
+    grpc.channel_ready_future(connect("localhost:PORT", Security(ca=Path({str(tmp_path / 'ca.pem')!r})))).result(4)
+except grpc.FutureTimeoutError:
+    pass
+"""
+    for newest, accepted in ((ssl.TLSVersion.TLSv1_3, True), (ssl.TLSVersion.TLSv1_2, False)):
+        context.maximum_version = newest
+        shaken: list[str | None] = []
+        with socket.create_server(("localhost", 0)) as listening:
+            port = listening.getsockname()[1]
+            process = subprocess.Popen([sys.executable, "-c", code.replace("PORT", str(port))])
+            listening.settimeout(60)
+            raw, _ = listening.accept()
+            with raw:
+                raw.settimeout(5)
+                with contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True) as secure:
+                    shaken.append(secure.version())
+        process.kill()
+        process.wait()
+        assert shaken == (["TLSv1.3"] if accepted else []), newest
+
+
+@pytest.mark.parametrize("app", ["server", "dealer"])
+def test_a_hangup_before_it_serves_ends_nothing(app: str, relu_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server.cli
+    import server.host
+
+    save(relu_model, tmp_path / "m")
+    seen: list[object] = []
+    monkeypatch.setattr(server.host, f"run_{app}", lambda *_: seen.append(signal.getsignal(signal.SIGHUP)))
+    monkeypatch.setattr(server.cli, "set_up", lambda *_: None)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        if app == "server":
+            server.cli.serve_models([tmp_path / "m"], dealer="localhost:1", insecure=True)
+        else:
+            server.cli.serve_dealer(insecure=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [signal.SIG_IGN]
 
 
 def test_certificates(tmp_path: Path) -> None:
@@ -833,6 +890,42 @@ def test_silent_callers_take_no_turn(serve: Serve, relu_model: Model, monkeypatc
                 list(call)
         assert time.monotonic() - started < 15
     assert services.sessions.counts() == (0, 0)
+
+
+def test_silent_callers_hold_no_call(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of one request, those of health too, are cut off as well if it does not come; those that send it are served."""
+    import server.host as module
+
+    monkeypatch.setattr(module, "OPENING_S", 1.0)
+    services = serve(relu_model)
+    running = module.Running(DealerSettings(insecure=True), "relucent.v1.Inference", lambda s: (
+        rpc.add_InferenceServicer_to_server(services.service, s), rpc.add_DealingServicer_to_server(services.dealer, s)))
+    address = running.listen("127.0.0.1:0", Security(insecure=True))
+    (server,) = running._servers
+    server.start()
+    parts = [*pb.DESCRIPTOR.services_by_name.values(), health_pb2.DESCRIPTOR.services_by_name["Health"]]
+    methods = [f"/{part.full_name}/{method.name}" for part in parts for method in part.methods]
+    hold = threading.Event()
+    try:
+        with connect(address, Security(insecure=True)) as channel:
+            started = time.monotonic()
+            silent = [channel.stream_stream(method)(iter(hold.wait, True), timeout=30) for method in methods
+                      if not method.endswith(("/Preprocess", "/Infer", "/Register"))]
+            assert len(silent) >= 8
+            for call in silent:
+                with pytest.raises(grpc.RpcError):
+                    list(call)
+            assert time.monotonic() - started < 10
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+            with pytest.raises(grpc.RpcError) as refused:
+                list(health.Watch(health_pb2.HealthCheckRequest(), timeout=5))
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        with Client(address, services.dealer_address, insecure=True, cache=services.cache) as client:
+            agrees(client, relu_model)
+    finally:
+        hold.set()
+        server.stop(0).wait()
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

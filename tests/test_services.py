@@ -126,6 +126,31 @@ def test_a_party_that_reads_nothing_ends_the_dealing(monkeypatch: pytest.MonkeyP
         assert full.dead.is_set()
 
 
+def test_a_party_that_reads_crumbs_ends_the_dealing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its patience is for all of a dealing, and grows with the bytes that it takes."""
+    monkeypatch.setattr(dealing_service, "STALL_S", 0.5)
+
+    def dealt(size: int, pause_s: float) -> int:
+        """How many of 40 messages a party is dealt that takes one every `pause_s`."""
+        slow, message = _Meeting(bytes(32), 1, bytes(32)), pb.MaterialDown(seed=bytes(size))
+
+        def read() -> None:
+            while not slow.dead.wait(pause_s):
+                slow.take("client")
+
+        threading.Thread(target=read, daemon=True).start()
+        for sent in range(40):
+            try:
+                slow.put("client", message)
+            except PeerError:
+                return sent
+        slow.dead.set()
+        return 40
+
+    assert dealt(10, 0.1) < 30
+    assert dealt(20_000, 0.1) == 40  # at 200 kB a second
+
+
 def test_nobody_tells_where_the_time_goes_unless_allowed_and_asked(serve: Serve, mixed_model: Model) -> None:
     for allowed, asked in ((False, True), (True, False)):
         with serve(mixed_model, timelines=allowed).client(timeline=asked) as client:
@@ -458,7 +483,7 @@ def test_dealer_gives_each_party_its_own_part_only(serve: Serve, relu_model: Mod
     secret = secrets.token_bytes(32)
     base: dict[str, Any] = {"protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1,
                             "registration_id": registered.registration_id, "material_id": bytes(16),
-                            "client_id": hashlib.sha256(secret).digest()}
+                            "client_id": hashlib.sha256(secret).digest(), "mask_id": registered.published().mask_id}
     bad: list[tuple[dict[str, Any], type[RelucentError]]] = [
         ({"registration_secret": bytes(32)}, MaterialError),  # a client that plays the server
         ({"client_secret": bytes(32)}, MaterialError),  # another client
@@ -499,13 +524,50 @@ def test_parties_that_leave_do_not_fill_the_dealer(serve: Serve, relu_model: Mod
         call = dealer.FetchMaterial(pb.MaterialRequest(
             protocol_version=1, model_id=relu_model.public.model_id, batch=1, material_id=index.to_bytes(16, "big"),
             client_id=hashlib.sha256(bytes(32)).digest(), registration_id=registered.registration_id,
-            client_secret=bytes(32)), timeout=10)
-        time.sleep(0.02)
+            client_secret=bytes(32), mask_id=registered.published().mask_id), timeout=10)
+        wait_for(lambda: bool(services.dealer._meetings))
         call.cancel()
-    deadline = time.monotonic() + 5
-    while services.dealer._meetings and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not services.dealer._meetings
+        wait_for(lambda: not services.dealer._meetings)
+        assert not any(thread.name == "deal" for thread in threading.enumerate())
+
+
+def test_a_dealing_whose_parties_leave_while_it_waits_for_its_slot_ends(serve: Serve, relu_model: Model) -> None:
+    services = serve(relu_model)
+    registered = services.catalogue.models()[0]
+    dealer, slots = rpc.DealingStub(connect(services.dealer_address, PLAINTEXT)), services.dealer._slots
+    terms: dict[str, Any] = {
+        "protocol_version": 1, "model_id": relu_model.public.model_id, "batch": 1, "material_id": bytes(16),
+        "client_id": hashlib.sha256(bytes(32)).digest(), "registration_id": registered.registration_id,
+        "mask_id": registered.published().mask_id}
+
+    def waiting() -> int:
+        return sum(thread.name == "deal" for thread in threading.enumerate())
+
+    with contextlib.ExitStack() as held:
+        while slots.acquire(blocking=False):
+            held.callback(slots.release)
+        calls = [dealer.FetchMaterial(pb.MaterialRequest(**terms, **proof), timeout=20)
+                 for proof in ({"client_secret": bytes(32)}, {"registration_secret": registered._secret})]
+        wait_for(lambda: waiting() == 1)
+        for call in calls:
+            call.cancel()
+        wait_for(lambda: waiting() == 0 and not services.dealer._meetings, 5)
+
+
+def test_whoever_leaves_while_waiting_for_a_turn_is_no_failure_inside(serve: Serve, relu_model: Model,
+                                                                      caplog: pytest.LogCaptureFixture) -> None:
+    services = serve(relu_model, slots=1, wait_s=20.0)
+    with services.client() as client:
+        client.preprocess(1)
+        material_id, secret = steal(client)
+        with services.sessions.slot("somebody"):
+            terms = pb.InferOpen(protocol_version=1, model_id=client.model.model_id, material_id=material_id, client_secret=secret)
+            call = client._server.Infer(iter([pb.InferUp(open=terms)]), timeout=20)
+            wait_for(lambda: services.sessions.counts()[1] == 1)
+            call.cancel()
+            time.sleep(0.3)
+        wait_for(lambda: "the caller went away" in caplog.text)
+    assert "failed inside" not in caplog.text and not services.materials()
 
 
 def test_masks_and_delta_always_belong_together(serve: Serve, mixed_model: Model, tmp_path: Path) -> None:

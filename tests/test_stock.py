@@ -22,6 +22,7 @@ from protocol.inference import preprocess
 from protocol.model import Model
 from protocol.plan import Plan, make_plan
 from protocol.transport import Security
+from server.stock import Stock as ServerStock
 from tests.services import PIXELS, Serve, Services, agrees, start, wait_for
 from tests.test_programs import image, program
 
@@ -217,6 +218,8 @@ def test_another_server_behind_the_address_costs_one_material(kind: str, serve: 
     second.catalogue.models()[0]._stub = first.catalogue.models()[0]._stub
     second.catalogue.models()[0].register(10)
     assert first.stock.holder != second.stock.holder
+    (tmp_path / "one.id").chmod(0o660)  # as an orchestrator does that gives a volume to a group
+    assert ServerStock(first.state, folder=tmp_path / "one").holder == first.stock.holder
 
     def leads_to(services: Services) -> None:
         channel = module.connect(services.server_address, Security(insecure=True))
