@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from benchmarks.sweep import points, run_sweep
 from model_opt.cli import DatasetName
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
+from model_opt.training import write_atomically
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
 from protocol.model import load
@@ -149,9 +151,19 @@ def _counts(text: str, what: str) -> list[int]:
     return counts
 
 
+def _unfinished(out: Path) -> Path:
+    """Where a long measurement keeps what it has: the last whole one stays until this one is whole."""
+    return out.with_stem(f"{out.stem}-unfinished")
+
+
+def _keeper(out: Path) -> Callable[[dict[str, Any]], None]:
+    return lambda result: _write_json(_unfinished(out), result)
+
+
 def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
     result |= {"command": "relucent-bench " + " ".join(sys.argv[1:])}
     _write_json(out, result)
+    _unfinished(out).unlink(missing_ok=True)
     if as_json:
         print(json.dumps(result))
     else:
@@ -160,8 +172,7 @@ def _store(result: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def _write_json(out: Path, result: dict[str, Any]) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}", "free some space, or name another file") from error
 
@@ -189,18 +200,16 @@ def sweep(
     names = links.split(",")
     if unknown := [n for n in names if n not in LINKS]:
         raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")
-    unfinished = out.with_stem(f"{out.stem}-unfinished")  # the last whole sweep stays until this one is whole
     with Status("starting", console=Console(stderr=True)) as status:
         try:
             shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
             result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
                                       _counts(batches, "--batches"), names), runs, status.update,
-                               lambda result: _write_json(unfinished, result), emulation)
+                               _keeper(out), emulation)
         except ValueError as error:
             raise InputError(str(error)) from error
     _store(result, out, as_json)
-    unfinished.unlink(missing_ok=True)
 
 
 @app.command()
@@ -223,7 +232,7 @@ def peers(
         except ValueError as error:
             raise InputError(str(error)) from error
         network = ("resnet18", width) if model is None else (model.stem, 0)
-        result = run_side_by_side(loaded, *network, names.split(","), runs, status.update)
+        result = run_side_by_side(loaded, *network, names.split(","), runs, status.update, _keeper(out))
     _store(result, out, as_json)
 
 
@@ -239,7 +248,7 @@ def load_test(
 ) -> None:
     """Throughput and latency with many clients at once, preprocessing included."""
     with Status("starting", console=Console(stderr=True)) as status:
-        result = measure_load(model, _counts(clients, "--clients"), seconds, processes, status.update)
+        result = measure_load(model, _counts(clients, "--clients"), seconds, processes, status.update, _keeper(out))
     _store(result, out, as_json)
 
 
@@ -251,7 +260,8 @@ def methods(
     dataset: DatasetName = "auto",
     images: Annotated[int, typer.Option(help="Test images that are classified privately.", min=1)] = 1000,
     runs: Annotated[int, typer.Option(help="Measured runs of the latency; one more warms up.", min=1)] = 15,
-    out: Annotated[Path, typer.Option(help="Where to store the JSON. Rows that it holds already stay, and are not measured again.")] =
+    out: Annotated[Path, typer.Option(
+        help="Where to store the JSON. Rows that it holds stay; of networks named again only the latency is measured again.")] =
     RESULTS / "methods.json",
     as_json: AsJson = False,
 ) -> None:

@@ -209,10 +209,12 @@ LABELS = {"spu-semi2k": "SPU 0.9.5 SEMI2K", "spu-aby3": "SPU 0.9.5 ABY3", "spu-c
           "tenseal": "TenSEAL CKKS (another, small network)", "crypten-tfp": "CrypTen 0.4.1 TFP", "crypten-ttp": "CrypTen 0.4.1 TTP"}
 
 
-def run_side_by_side(model: Model, network: str, width: int, names: list[str], runs: int, say: Say) -> dict[str, Any]:
+def run_side_by_side(model: Model, network: str, width: int, names: list[str], runs: int, say: Say,
+                     keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
     """Ours, plaintext PyTorch and each peer on the same network and images, one after another: "rows" of medians in ms and bytes.
 
-    Bytes are what the kernel counted on the parties' sockets; ours and the peers' first inference warms up.
+    Bytes are what the kernel counted on the parties' sockets; ours and the peers' first inference warms up. keep: called with what there
+    is after each.
     """
     images = random_images(min(runs, 8), 1, *model.public.input_shape)
     ours = measure(model, network, width, batch=1, runs=runs, crypten=False, say=say, images=images)
@@ -224,10 +226,13 @@ def run_side_by_side(model: Model, network: str, width: int, names: list[str], r
          "bytes": ours["online_tcp_bytes"], "total_bytes": ours["online_tcp_bytes"] + ours["preprocessing_tcp_bytes"]} |
         {key: ours[key] for key in ("online_ms", "online_ms_spread", "preprocessing_ms", "total_ms", "setup_ms", "setup_bytes", "rounds",
                                     "runs", "max_abs_error", "agreement", "load_average")}]
+    facts = ("network", "width", "relus", "versions", "cpu", "load_average", "commit", "date")
+    measured = {key: ours[key] for key in facts} | {"rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save(model, path)
         for result in run_peers(path, torch.from_numpy(images[:, 0].copy()), names, runs, say=say):
+            keep(measured)
             label = LABELS[result["name"]]
             if "skipped" in result:
                 rows.append({"name": result["name"], "label": label, "skipped": result["skipped"]})
@@ -239,4 +244,4 @@ def run_side_by_side(model: Model, network: str, width: int, names: list[str], r
                          "same_network": result["name"] != "tenseal"} |
                         {key: result.get(key) for key in ("bytes", "setup_ms", "setup_bytes", "rounds", "runs", "max_abs_error",
                                                           "agreement", "notes", "versions")})
-    return {key: ours[key] for key in ("network", "width", "relus", "versions", "cpu", "load_average", "commit", "date")} | {"rows": rows}
+    return measured

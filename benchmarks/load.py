@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ CLIENT_PROCESSES = 4
 READY = "ready\n"
 
 
-def measure_load(model: Path, clients: list[int], seconds: float, processes: int, say: Any) -> dict[str, Any]:
+def measure_load(model: Path, clients: list[int], seconds: float, processes: int, say: Any,
+                 keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
     """For each number of clients: images per second, latencies, memory, refusals and errors, over `seconds` after a warm-up.
 
     Every client, with a token of its own over TLS, prepares one inference and uses it, again and again, and finishes the one that it is
     at when the time is over; its rate is what it finished over the time until then. All run on this machine, beside server and dealer.
-    processes: of the server.
+    processes: of the server. keep: called with what there is after each.
     """
-    loaded, facts = load(model), environment()
-    rows = []
+    loaded, rows = load(model), list[dict[str, Any]]()
+    result = {"model": loaded.public.name, "relus": loaded.public.relus, "seconds": seconds, "server_processes": processes, "rows": rows,
+              **environment()}
     with tempfile.TemporaryDirectory() as folder:
         images = np.frombuffer(bytearray(os.urandom(8 * int(np.prod(loaded.public.input_shape)))), np.uint8)
         np.save(Path(folder) / "images.npy", images.reshape(8, 1, *loaded.public.input_shape))
@@ -52,8 +55,8 @@ def measure_load(model: Path, clients: list[int], seconds: float, processes: int
             rows.append({"clients": count, "inferences": len(online), "images_per_s": round(sum(part["rate"] for part in parts), 3),
                          "online_ms": _percentiles(online), "with_preprocessing_ms": _percentiles(whole),
                          "refused": errors.pop("ResourceLimit", 0), "errors": dict(errors), "peak_rss_mb": memory})
-    return {"model": loaded.public.name, "relus": loaded.public.relus, "seconds": seconds, "server_processes": processes, "rows": rows,
-            **facts}
+            keep(result)
+    return result
 
 
 def _together(running: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:

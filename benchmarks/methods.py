@@ -42,14 +42,15 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
                     keep: Callable[[list[dict[str, Any]]], None], dataset: str = "auto") -> list[dict[str, Any]]:
     """One row for each network of `paths` with accuracies on the test images (float, fixed point, private), latency and bytes.
 
-    A network is known by the SHA-256 of its file. Every row says when, on what and from which commit it was measured.
+    A network is known by the SHA-256 of its file. Every row says when, on what and from which commit it was last measured.
 
     Args:
         paths: folders of `relucent-opt pareto` and files of networks. images: test images that are classified privately; the
             other two take all. runs: of the latency. dataset: as in `open_dataset`.
-        done: rows measured before; they stay, and their networks are not measured again. keep: called with all rows after each.
+        done: rows measured before; they stay. Of their networks that are named again only the latency is measured, so that it
+            can be compared with the others'. keep: called with all rows after each.
     """
-    rows = list(done)
+    rows = [dict(row) for row in done]
     source = open_dataset(data, dataset)
     train, _ = source.load_train()
     test = source.load_test()
@@ -57,32 +58,32 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
         name, facts = file.name, environment()
         network, info = load_network(file)
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-        if any(row.get("sha256") == checksum for row in rows):
-            say(f"{name}: measured before")
-            continue
         check_fits(source, test.shape, info, file)
-        say(f"{name}: float accuracy")
-        row = {key: value for key, value in listed.items() if key != "details"} | {"sha256": checksum, "dataset": source.name}
-        row["test_accuracy"] = accuracy(network, replace(test, mean=info.mean, std=info.std))
+        unseen = replace(test, mean=info.mean, std=info.std)
         say(f"{name}: compiling")
         calibration = replace(train, mean=info.mean, std=info.std)[:CALIBRATION_IMAGES].normalised()
         model = compile_model(network, calibration, name=name, classes=info.classes, mean=info.mean, std=info.std, eight_bits=True)
-        say(f"{name}: fixed-point accuracy")
-        row["fixed_point_accuracy"] = fixed_point_accuracy(model, replace(test, mean=info.mean, std=info.std))
-        with tempfile.TemporaryDirectory() as temporary:
-            compiled = Path(temporary) / "model.safetensors"
-            save(model, compiled)
-            say(f"{name}: private accuracy")
-            private = measure_accuracy(compiled, None, data, images, 32, dataset)
+        row = next((row for row in rows if row.get("sha256") == checksum), None)
+        if row is None:
+            row = {key: value for key, value in listed.items() if key != "details"} | {"sha256": checksum, "dataset": source.name}
+            say(f"{name}: float accuracy")
+            row["test_accuracy"] = accuracy(network, unseen)
+            say(f"{name}: fixed-point accuracy")
+            row["fixed_point_accuracy"] = fixed_point_accuracy(model, unseen)
+            with tempfile.TemporaryDirectory() as temporary:
+                compiled = Path(temporary) / "model.safetensors"
+                save(model, compiled)
+                say(f"{name}: private accuracy")
+                private = measure_accuracy(compiled, None, data, images, 32, dataset)
+            row |= {"test_images": len(test), "private_accuracy": private["private_accuracy"], "private_images": private["images"],
+                    "fixed_point_accuracy_same_images": private["fixed_point_accuracy"],
+                    "private_fixed_point_agreement": private["private_fixed_point_agreement"]}
+            rows.append(row)
         say(f"{name}: latency")
         timed = measure(model, info.network, info.width, batch=1, runs=runs, crypten=False, say=lambda _: None)
-        row |= {"test_images": len(test), "private_accuracy": private["private_accuracy"], "private_images": private["images"],
-                "fixed_point_accuracy_same_images": private["fixed_point_accuracy"],
-                "private_fixed_point_agreement": private["private_fixed_point_agreement"],
-                "online_ms": timed["online_ms"], "online_ms_spread": timed["online_ms_spread"], "runs": timed["runs"],
+        row |= {"online_ms": timed["online_ms"], "online_ms_spread": timed["online_ms_spread"], "runs": timed["runs"],
                 "online_bytes": timed["online_bytes_up"] + timed["online_bytes_down"], "rounds": timed["rounds"],
                 "preprocessing_ms": timed["preprocessing_ms"], "preprocessing_bytes": sum(timed["preprocessing_bytes"].values()),
                 "plaintext_ms": timed["plaintext_ms"], **facts}
-        rows.append(row)
         keep(rows)
     return rows

@@ -34,17 +34,20 @@ LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobi
 README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
 GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
 REACHED = (0.8, 0.85, 0.9, 0.92, 0.93)
+COVERED = 0.95
+"""Rows whose timelines sum to less of the wall time are named."""
 FORETOLD = 0.1
 """Latencies on a link that lie farther from the foretold one, as a share of it, are named."""
 PAGE_ONLY = ("Every point", "Physical limits")
 """Tables that are too long for the README."""
 CAPTIONS = {"growth": "Medians of the runs that the table names; bars from the smallest to the largest run.",
-            "time": "The server's online timeline, its waiting split into the client's work and the ways there and back; and all three "
-                    "parties' preprocessing.",
+            "time": "The server's online timeline, its waiting split into the client's work and the ways there and back; and, where it "
+                    "was recorded, all three parties' preprocessing.",
             "peers": "Logarithmic. Ours: the dark part is online. The peers make their correlated randomness while they infer.",
             "load": "Every client prepares one inference and uses it, again and again.",
             "methods": "Ours are networks trained here; the marks are results that others published on larger networks.",
-            "accuracy": "Accuracy on all test images against private online latency on loopback."}
+            "accuracy": "Accuracy on all test images against private online latency on loopback, as measured in the sessions and at the "
+                        "load that the table's rows record: networks of the same bytes and ReLUs differ by the machine only."}
 Row = dict[str, Any]
 
 
@@ -273,10 +276,13 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
     astray = [f"{r['relus']:,} ReLUs, {r['link']}" for r in sweep["rows"]
               if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]
     if astray:
-        notes.append(f"More than {FORETOLD:.0%} from it, by the spread of the work itself: {'; '.join(astray)}.")
+        notes.append(f"More than {FORETOLD:.0%} from it: {'; '.join(astray)}; what exceeds it is in the parts of their timelines.")
     timelines = [r["timeline"] for r in sweep["rows"]]
     if covered := [min(timeline["coverage"].values()) for timeline in timelines if "coverage" in timeline]:
-        notes.append(f"Both timelines' parts sum to {covered[0]:.1%} of the online time in the first row, {min(covered):.1%} at least.")
+        below = [f"{r['relus']:,} ReLUs, {_named(r)}, batch {r['batch']}, {r['link']}: {min(r['timeline']['coverage'].values()):.1%}"
+                 for r in sweep["rows"] if min(r["timeline"].get("coverage", {"": 1.0}).values()) < COVERED]
+        notes.append(f"Both timelines' parts sum to {covered[0]:.1%} of the online time in the first row, {min(covered):.1%} at least."
+                     + f" Below {COVERED:.0%}: {'; '.join(below)}." * bool(below))
     notes += [f"The emulated links as measured: {'; '.join(links)}."] if links else []
     notes += [f"Left out: {'; '.join(sweep['left_out'])}."] if sweep.get("left_out") else []
     return table + notes
@@ -295,9 +301,12 @@ def summary_table(sweep: dict[str, Any]) -> list[str]:
                   for k in links]
         lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]), *online,
                       f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
-                      f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", str(r["runs"])])
-    return _table(("ReLUs", "squares", "network", "batch", *(f"online ms, {link}" for link in links), f"of plaintext, {links[0]}",
-                   "online MB", f"preprocessing ms, {links[0]}", "preprocessing MB", "n"), lines)
+                      f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}",
+                      " / ".join(f"{found[k]['total_ms']:,.0f}" for k in links if k in found), str(r["runs"])])
+    table = _table(("ReLUs", "squares", "network", "batch", *(f"online ms, {link}" for link in links), f"of plaintext, {links[0]}",
+                    "online MB", f"preprocessing ms, {links[0]}", "preprocessing MB",
+                    f"with preprocessing ms, {' / '.join(links)}", "n"), lines)
+    return table + ([f"\nLeft out: {'; '.join(sweep['left_out'])}."] if sweep.get("left_out") else [])
 
 
 def _slope(line: dict[str, Any]) -> str:
@@ -309,7 +318,8 @@ def fits_table(sweep: dict[str, Any]) -> list[str]:
     lines = []
     for name, fit in sweep["fits"].items():
         worst = max(fit[key]["residual"] for key in ("online_us", "preprocessing_us"))
-        lines.append([name, f"{fit['from']:,}-{fit['to']:,} ({fit['points']})", _slope(fit["online_us"]),
+        lines.append([name.replace("ReLU", "ReLU in place of a square"),
+                      f"{fit['from']:,}-{fit['to']:,} ({fit['points']})", _slope(fit["online_us"]),
                       f"{fit['online_bytes']['slope']:.1f}", _slope(fit["preprocessing_us"]),
                       f"{fit['preprocessing_bytes']['slope']:.0f}", f"{worst:.0%}"])
     return _table(("one more", "range (points)", "online us ± standard error", "online bytes", "preprocessing us", "preprocessing bytes",
@@ -321,12 +331,13 @@ def limits_table(sweep: dict[str, Any]) -> list[str]:
     lines = []
     for r in sweep["rows"]:
         limit = r["limits"]
-        floor = limit["linear_ms"] + limit["aes_ms"] + r["on_link_ms"]
+        linear = min(limit["linear_ms"], limit["int64_ms"], r["timeline"]["server"]["linear"])  # none of them can be below the least
+        floor = linear + limit["aes_ms"] + r["on_link_ms"]
         lines.append([f"{r['relus']:,}", _named(r), str(r["batch"]), r["link"], f"{r['plaintext_ms']:.1f}", f"{limit['int64_ms']:.1f}",
-                      f"{limit['linear_ms']:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
+                      f"{linear:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
                       f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x",
                       f"{r['online_ms'] / (r['plaintext_ms'] + r['on_link_ms']):.1f}x"])
-    return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms",
+    return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms (the least seen)",
                    "AES of one party ms", "serialisation ms", "bytes / bandwidth ms", "with rounds x RTT ms", "online ms",
                    "of our convolutions + AES + link", "of plaintext + link"), lines)
 

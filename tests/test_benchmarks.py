@@ -22,7 +22,7 @@ from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_ta
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
-from protocol.errors import InputError
+from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
 from protocol.plan import make_plan
 from protocol.timeline import KINDS, PREPROCESSING_KINDS
@@ -177,9 +177,11 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
     (row,) = measure([first], [])
     assert row["label"] == "all ReLUs" and row["relus"] == row["budget"] > 8_000 and row["degree"] is None and row["dataset"] == "folder"
     assert 0 <= row["test_accuracy"] <= 1 and row["test_images"] > 1 and {"commit", "cpu", "sha256"} <= set(row)
-    rows = measure([second, first], [row])
-    assert [r["file"] for r in rows] == ["a", "b"] and rows[0] == row and len(served) == 2
-    assert kept == [["a"], ["a", "b"]]
+    old = row | {"online_ms": -1.0, "test_accuracy": 2.0}
+    rows = measure([second, first], [old])
+    assert [r["file"] for r in rows] == ["a", "b"] and len(served) == 2
+    assert rows[0]["test_accuracy"] == 2.0 and rows[0]["online_ms"] == row["online_ms"]  # of a network named again, the latency only
+    assert kept == [["a"], ["a", "b"], ["a", "b"]] and old["online_ms"] == -1.0
     write_network(first, 2)
     assert [r["file"] for r in measure([first], rows)] == ["a", "b", "a"]  # another network of the same name
     (tmp_path / "results").mkdir()
@@ -195,6 +197,25 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
     empty.write_bytes(serialise_network(build("resnet18", 4), network_info()))
     with pytest.raises(InputError, match="no folder of"):
         measure([empty], [])
+
+
+def test_a_full_disk_leaves_the_last_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.cli import _keeper, _store
+
+    out = tmp_path / "load.json"
+    _keeper(out)({"rows": [1]})
+    assert json.loads((tmp_path / "load-unfinished.json").read_text()) == {"rows": [1]} and not out.exists()
+    _store({"rows": [1, 2]}, out, False)
+    assert json.loads(out.read_text())["rows"] == [1, 2] and [path.name for path in tmp_path.iterdir()] == ["load.json"]
+
+    def full(path: Path, data: bytes) -> None:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        _store({"rows": []}, out, False)
+    assert json.loads(out.read_text())["rows"] == [1, 2] and [path.name for path in tmp_path.iterdir()] == ["load.json"]
 
 
 def test_percentiles_lie_between_the_values_seen() -> None:

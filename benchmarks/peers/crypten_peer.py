@@ -35,7 +35,11 @@ def party(rank: int, network: Exported, runs: int, provider: str, rendezvous: st
     crypten.cfg.communicator.verbose = True
     world = crypten.communicator.get()
     model = load(network.folder / "model.safetensors")
-    graph = mpc_graph(model.public, model.floats())
+    world.barrier()
+    before, started = sum(tcp_bytes()), time.perf_counter()
+    graph = mpc_graph(model.public, model.floats())  # shares the weights
+    world.barrier()
+    setup = {"setup_s": time.perf_counter() - started, "setup_bytes": sum(tcp_bytes()) - before}
     result: dict[str, Any] = {"s": [], "bytes": [], "rounds": [], "logits": []}
     with crypten.no_grad(), torch.no_grad():
         for run in range(runs + 1):
@@ -50,7 +54,7 @@ def party(rank: int, network: Exported, runs: int, provider: str, rendezvous: st
             result["bytes"].append(sum(tcp_bytes()) - before)
             result["logits"].append(logits[0].tolist())
     crypten.uninit()
-    return {name: values[1:] for name, values in result.items()}
+    return {name: values[1:] for name, values in result.items()} | setup
 
 
 def measure(network: Exported, runs: int, provider: str) -> dict[str, Any]:
@@ -60,6 +64,7 @@ def measure(network: Exported, runs: int, provider: str) -> dict[str, Any]:
         result = run_parties(party, count, network, runs, provider, f"{folder}/rendezvous")[SERVER]
     return {
         "peer": "CrypTen", "protocol": provider, "runs": runs, "online_ms": [1e3 * s for s in result["s"]],
+        "setup_ms": 1e3 * result["setup_s"], "setup_bytes": result["setup_bytes"],
         "bytes": result["bytes"][-1], "rounds": result["rounds"][-1], "logits": result["logits"],
         "versions": environment()["versions"], "hides_image_from_server": False, "needs_dealer": provider == "TTP",
         "notes": f"does not hide the image from the server: {NOTES[provider]}; correlated randomness is made within the online time; both "

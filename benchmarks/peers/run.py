@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,15 +46,15 @@ PEERS = {
 
 
 def run_peers(model_path: Path, images: Tensor, names: Sequence[str], runs: int, *, timeout_s: float = 900.0,
-              cache: Path | None = None, say: Say = lambda message: None) -> list[dict[str, Any]]:
-    """The figures of each peer in `names`, keys of PEERS, in order; run i classifies image i mod N.
+              cache: Path | None = None, say: Say = lambda message: None) -> Iterator[dict[str, Any]]:
+    """The figures of each peer in `names`, keys of PEERS, one after another; run i classifies image i mod N.
 
     Args:
         model_path: a compiled model file.
         images: uint8 (N, C, H, W) of the model's input shape.
         timeout_s: for one peer, its installation apart.
 
-    Returns:
+    Yields:
         For each peer what its program prints (docs/benchmarks.md), with "name", "max_abs_error" (largest difference of its logits
         from float32 arithmetic on the same network) and "agreement" (share of runs with the same top-1); or, where it could not
         run, {"name": ..., "peer": ..., "skipped": reason}.
@@ -75,14 +75,13 @@ def run_peers(model_path: Path, images: Tensor, names: Sequence[str], runs: int,
         with torch.inference_mode():
             reference = Plaintext(model)(normalise_images(images, model.public).float()).numpy()
         reference = reference[np.arange(runs) % len(reference)]
-        results = []
         for name in names:
             say(name)
             try:
-                results.append({"name": name} | _compared(_measured(PEERS[name], work, runs, timeout_s, cache, say), reference))
+                result = _compared(_measured(PEERS[name], work, runs, timeout_s, cache, say), reference)
             except Unavailable as error:
-                results.append({"name": name, "peer": name, "skipped": str(error)})
-        return results
+                result = {"peer": name, "skipped": str(error)}
+            yield {"name": name} | result
 
 
 def _measured(peer: Peer, work: Path, runs: int, timeout_s: float, cache: Path | None, say: Say) -> dict[str, Any]:
