@@ -168,15 +168,15 @@ def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe,
 
 
 def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo,
-                splits: tuple[data.Split, data.Split], recipe: Recipe, folder: Path) -> tuple[methods.Reduced, dict[str, Any]]:
-    """The reduced network and the facts of the run."""
+                splits: tuple[data.Split, data.Split], recipe: Recipe, *folders: Path) -> tuple[methods.Reduced, dict[str, Any]]:
+    """The reduced network and the facts of the run. folders: of the run, and perhaps another of what other budgets share with it."""
     total = methods.count_all(teacher, info.input_shape)
     torch.manual_seed(recipe.seed)
-    result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folder,
-                            distil=settings["distil"], rebuild=_rebuild(info), **options)
+    result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folders[0],
+                            shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
                "validation_accuracy": result.validation_accuracy, "validation_images": len(splits[1]),
-               "minutes": minutes_spent(folder), "epochs_spent": epochs_spent(folder),
+               "minutes": minutes_spent(*folders), "epochs_spent": epochs_spent(*folders),
                "hardware": describe_hardware(), "torch": torch.__version__, "details": result.details}
     return result, made_by
 
@@ -432,14 +432,15 @@ def pareto(
     for label, method, options in chosen:
         for count in counts:
             for seed in numbers:
-                stem = f"{label.replace(':', '-').replace(',', '-').replace('=', '_')}-{count}-{seed}"
+                plain = label.replace(":", "-").replace(",", "-").replace("=", "_")
+                stem, shared = f"{plain}-{count}-{seed}", out / "runs" / f"{plain}-{seed}"
                 facts = out / f"{stem}.json"
                 recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, seed=seed)
                 settings = _settings(method, count, options, recipe, distil, sources)
                 made = _finished(facts, settings)
                 if made is None:
                     try:
-                        result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem)
+                        result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem, shared)
                     except methods.BudgetError as error:
                         impossible.append({"label": label, "budget": count, "seed": seed, "reason": str(error)})
                         continue

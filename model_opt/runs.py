@@ -28,14 +28,14 @@ def _logs(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def minutes_spent(folder: Path) -> float:
-    """Minutes of training over all logs in a run folder."""
-    return round(sum(float(row["seconds"]) for row in _logs(folder)) / 60, 1)
+def minutes_spent(*folders: Path) -> float:
+    """Minutes of training over all logs in run folders."""
+    return round(sum(float(row["seconds"]) for folder in folders for row in _logs(folder)) / 60, 1)
 
 
-def epochs_spent(folder: Path) -> int:
-    """Epochs over all logs in a run folder: searches, probes and candidates count too."""
-    return len(_logs(folder))
+def epochs_spent(*folders: Path) -> int:
+    """Epochs over all logs in run folders: searches, probes and candidates count too."""
+    return sum(len(_logs(folder)) for folder in folders)
 
 
 def describe_hardware() -> str:

@@ -173,6 +173,21 @@ def test_a_network_whose_places_share_a_relu(method: str, options: dict[str, Any
     assert list(own.state_dict()) == list(Bottleneck().state_dict())
 
 
+@pytest.mark.parametrize(("method", "searches"), [("senet", {"prune"}), ("deepreduce", {f"probe{i}" for i in range(-1, 4)})])
+def test_budgets_share_what_does_not_depend_on_them(method: str, searches: set[str], teacher: nn.Module, tmp_path: Path) -> None:
+    alone = run(teacher, method, tmp_path / "alone", budget=2000).model.state_dict()
+
+    def found() -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "common").rglob("checkpoint.pt")}
+
+    run(teacher, method, tmp_path / "first", budget=3000, shared=tmp_path / "common")
+    before = found()
+    second = run(teacher, method, tmp_path / "second", budget=2000, shared=tmp_path / "common").model.state_dict()
+    assert set(before) == searches and found() == before
+    assert not searches & {path.name for path in (tmp_path / "second").iterdir()}
+    assert all(torch.equal(value, second[name]) for name, value in alone.items())
+
+
 def test_momentum_leaves_the_gates_gradients_alone(teacher: nn.Module) -> None:
     """PyTorch's SGD over many tensors at once, as on GPUs, writes Nesterov's momentum into gradients."""
     student = replace_relus(deepcopy(teacher), (3, 32, 32))

@@ -100,6 +100,13 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
     assert row["validation_images"] == len(kept) - 1
 
 
+def test_pareto_searches_once_for_all_budgets(place: Path) -> None:
+    pareto(Path("teacher"), Path("table"), "200,100", ["senet"], epochs=3, batch=6, lr=0.01)
+    rows = json.loads(Path("table/pareto.json").read_text())["rows"]
+    assert [row["epochs"] for row in rows] == [3, 3]  # what it would take alone
+    assert len(list(Path("table/runs").rglob("prune"))) == 1
+
+
 def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rows(**changes: Any) -> list[dict[str, Any]]:
         pareto(Path("teacher"), Path("table"), "200", ["autorep"], **(SHORT | {"lr": 0.01} | changes))

@@ -38,7 +38,7 @@ def make_options(method: str, values: dict[str, Any]) -> Any:
 
 
 def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Dataset | tuple[Split, Split], recipe: Recipe | None = None,
-           folder: Path = Path("runs/reduce"), distil: bool = True,
+           folder: Path = Path("runs/reduce"), shared: Path | None = None, distil: bool = True,
            rebuild: Callable[[float, int], nn.Module] | None = None, **options: Any) -> Reduced:
     """Reduce the ReLUs of a trained network to a budget.
 
@@ -49,6 +49,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         data: a data set, or training and validation images.
         recipe: how to train; default 15 epochs with a peak rate of 0.05.
         folder: for checkpoints and logs; an interrupted run with the same settings resumes from it.
+        shared: folder for searches that do not depend on the budget (SENet's, DeepReDuce's): runs of other budgets that are given
+            the same one do not repeat them. Default: `folder`.
         rebuild: makes an untrained network of the same family from a width factor and a stem stride, for methods that reshape.
 
     Raises BudgetError, CompileError, DataError, TrainingError, ValueError.
@@ -64,7 +66,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     if len(outputs) != 1 or classes > outputs[0] or (isinstance(data, Dataset) and classes != outputs[0]):
         raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
                           "pass the data that it was trained on")
-    task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild)
+    task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild,
+                shared)
     return METHODS[method][1](task, chosen)
 
 

@@ -61,6 +61,7 @@ class Task:
     recipe: its epochs are what the method may spend on training the result, searching included unless it says otherwise.
     folder: for checkpoints and logs. distil: learn from the teacher's outputs too.
     rebuild: makes an untrained network of the teacher's family from a width factor and a stem stride; None if unknown.
+    shared: folder in which runs of other budgets find what does not depend on it; None for none.
     """
 
     teacher: nn.Module
@@ -71,6 +72,12 @@ class Task:
     folder: Path
     distil: bool = True
     rebuild: Callable[[float, int], nn.Module] | None = None
+    shared: Path | None = None
+
+    @property
+    def searches(self) -> Path:
+        """Folder of searches that do not depend on the budget."""
+        return self.shared or self.folder
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,9 +89,12 @@ class Task:
         return self.teacher if self.distil else None
 
     def settings(self, options: Any) -> dict[str, Any]:
-        """What a resumed run must share: the budget, the teacher that the student starts from, and the method's options."""
-        return {"budget": self.budget, "teacher": digest(self.teacher),
-                **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
+        """What a resumed run must share: the budget, and all of `search_settings`."""
+        return {"budget": self.budget, **self.search_settings(options)}
+
+    def search_settings(self, options: Any) -> dict[str, Any]:
+        """What runs of other budgets must share: the teacher that the student starts from, and the method's options."""
+        return {"teacher": digest(self.teacher), **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
 
     def student(self) -> nn.Module:
         """A copy of the teacher with all-ReLU partial activations."""

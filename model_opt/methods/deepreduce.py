@@ -89,7 +89,7 @@ def criticality(task: Task, options: Options) -> dict[int, float]:
     accuracies = {}
     for stage in (-1, *range(total)):  # -1: no ReLU at all
         network = shaped(task, Shape((stage,), False, 1.0, 1))
-        score = fit(network, task.train, task.validation, recipe, task.folder / f"probe{stage}", teacher=task.mentor,
+        score = fit(network, task.train, task.validation, recipe, task.searches / f"probe{stage}", teacher=task.mentor,
                     label=f"deepreduce probe {stage}", settings={"teacher": digest(task.teacher)})
         accuracies[stage] = score, count_relus(network)
     least = accuracies[-1][0]

@@ -130,8 +130,8 @@ def sensitivities(task: Task, options: Options, epochs: int) -> dict[str, float]
     """ReLU sensitivity of each activation: 1 - density of the layer before it in the pruned teacher."""
     pruned, stage = deepcopy(task.teacher), Pruning(options.density)
     recipe = replace(task.recipe, epochs=epochs, lr=task.recipe.lr * options.tune_lr, ema=0.0)  # an average has no zeros
-    fit(pruned, task.train, task.validation, recipe, task.folder / "prune", teacher=task.mentor, stage=stage, label="senet prune",
-        settings=task.settings(options))
+    fit(pruned, task.train, task.validation, recipe, task.searches / "prune", teacher=task.mentor, stage=stage, label="senet prune",
+        settings=task.search_settings(options))
     kept = stage.densities()
     return {relu: 1 - kept[name] if name else 0.0 for relu, name in weights_before(task.teacher).items()}
 
