@@ -145,6 +145,12 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def progress_bar() -> Progress:
+    """A bar with counts, time left and a `note`, shown by the first of torchrun's processes only."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=world()[0] > 0)
+
+
 def _trained(model: nn.Module) -> list[bool]:
     """Which parameters have gradients, which its processes average."""
     return [parameter.requires_grad for parameter in model.parameters()]
@@ -413,9 +419,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     steps = recipe.epochs * (len(train) // recipe.batch)
     validated = accuracy(model, validation) if first else 0.0
     sample = train[:NORM_IMAGES]
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-               TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, disable=rank > 0) as bar:
+    with progress_bar() as bar:
         task = bar.add_task(label, total=steps, completed=step, note="")
         for epoch in range(first, recipe.epochs):
             parallel.train()

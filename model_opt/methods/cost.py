@@ -29,7 +29,7 @@ from model_opt.compiler import compile_model
 from model_opt.data import Split
 from model_opt.methods import autorep
 from model_opt.methods.base import BudgetError, Reduced, Task, check_values, keep_largest
-from model_opt.training import TrainingError, device, distillation_loss, fit, world, write_atomically
+from model_opt.training import TrainingError, device, distillation_loss, fit, progress_bar, world, write_atomically
 from protocol import ring
 from protocol.inference import preprocess, run_online
 from protocol.links import LINKS
@@ -234,22 +234,25 @@ def choose(task: Task, cost: CostModel, target: float) -> Choice:
     left = {name: layer.mask.numel() for name, layer in layers.items()}
     dropped: list[str] = []
     found: list[tuple[float, Choice]] = []
-    while True:
-        pixels = sum(left.values())
-        counts = cost.afford(target, len(left), pixels, task.budget)
-        if counts is not None:
-            if left:
-                demote({name: layers[name] for name in left}, scores, counts[0])
-            found.append((divergence(), Choice(cost, list(dropped), *counts)))
-            for name in left:
-                layers[name].mask.fill_(RELU)
-        if not left or (counts is not None and counts[0] == pixels):
-            break
-        now = divergence()
-        worst = min(left, key=lambda name: price(name, now))
-        del left[worst]
-        layers[worst].mask.fill_(LINEAR)
-        dropped.append(worst)
+    with progress_bar() as bar:
+        shown = bar.add_task("choosing layers", total=len(left), note="")
+        while True:
+            pixels = sum(left.values())
+            counts = cost.afford(target, len(left), pixels, task.budget)
+            if counts is not None:
+                if left:
+                    demote({name: layers[name] for name in left}, scores, counts[0])
+                found.append((divergence(), Choice(cost, list(dropped), *counts)))
+                for name in left:
+                    layers[name].mask.fill_(RELU)
+            if not left or (counts is not None and counts[0] == pixels):
+                break
+            now = divergence()
+            worst = min(left, key=lambda name: price(name, now))
+            del left[worst]
+            layers[worst].mask.fill_(LINEAR)
+            dropped.append(worst)
+            bar.update(shown, advance=1, note=f"without {worst}")
     if not found:
         raise BudgetError(f"even without any activation it takes {cost.fixed:,.0f} {cost.unit}; raise target_{cost.unit}")
     return min(found, key=lambda pair: pair[0])[1]
