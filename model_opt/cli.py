@@ -525,12 +525,12 @@ def show(
         rows = [{"name": layer.name, "shape": layer.shape, **layer.counts} for layer in layers]
         print(json.dumps({"name": name, "total": total, "layers": rows}))
     else:
-        table = Table("layer", "shape", *KINDS, "ReLUs of the layer", title=name)
+        table = Table("layer", "shape", *KINDS, "kept", title=name)
         for layer in layers:
             pixels = sum(layer.counts.values())
             share = layer.counts["relu"] / pixels
-            bar = "█" * round(20 * share) or ("▏" if share else "")
-            table.add_row(layer.name, "x".join(map(str, layer.shape)), *(f"{layer.counts[k]:,}" for k in KINDS), f"{share:6.2%} {bar}")
+            bar = "█" * round(5 * share) or ("▏" if share else "")
+            table.add_row(layer.name, "x".join(map(str, layer.shape)), *(f"{layer.counts[k]:,}" for k in KINDS), f"{share:6.1%} {bar}")
         table.add_section()
         table.add_row("all", "", *(f"{total[k]:,}" for k in KINDS), f"{total['relu'] / max(sum(total.values()), 1):6.2%}")
         Console().print(table)
