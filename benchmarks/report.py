@@ -217,11 +217,12 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
 
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against online latency where both are known, a panel for each network."""
-    networks = list(dict.fromkeys(_named(row) for row in rows))
+    """Accuracy against online latency where both are known, a panel for each network that others were made of."""
+    origins = [_origin(row, rows) for row in rows]
+    networks = list(dict.fromkeys(origins))
     figure, panels = plt.subplots(1, len(networks), figsize=(6.5 * len(networks), 5.4), layout="constrained", squeeze=False)
     for axis, network in zip(panels[0], networks):
-        own = sorted((row for row in rows if _named(row) == network), key=lambda row: -row["test_accuracy"])
+        own = sorted((row for row, origin in zip(rows, origins) if origin == network), key=lambda row: -row["test_accuracy"])
         for colour, row in zip(METHOD_COLOURS * 5, own):
             ends = [[abs(row["online_ms"] - end)] for end in row["online_ms_spread"]]
             axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=ends, fmt="o", capsize=2, color=colour,
@@ -235,7 +236,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 def plot_methods(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against ReLUs, a line for each method on each network, and published results."""
-    named = [row | {"series": f"{row.get('series', row['label'])}, {_named(row)}"} for row in rows]
+    named = [row | {"series": f"{row.get('series', row['label'])}, {_origin(row, rows)}"} for row in rows]
     draw_pareto(named, path, "Ours, and published results of larger networks", True)
 
 
@@ -252,6 +253,13 @@ def _ratio(value: float, base: float) -> str:
 
 def _named(row: Row) -> str:
     return str(row["network"]) + (f" w{row['width']}" if row["width"] else "")
+
+
+def _origin(row: Row, rows: Sequence[Row]) -> str:
+    """The network that a row's was made of: the widest of the same teacher, from which reshaping makes narrower ones."""
+    teacher = row.get("settings", {}).get("teacher")
+    return _named(max((r for r in rows if r is row or (teacher and r.get("settings", {}).get("teacher") == teacher)),
+                      key=lambda r: r["width"]))
 
 
 def _with_spread(row: Row, key: str) -> str:
@@ -413,15 +421,15 @@ def _later(row: dict[str, Any]) -> str:
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
     lines = []
-    for r in sorted(methods["rows"], key=lambda r: (_named(r), r["budget"], -r["test_accuracy"])):
+    for r in sorted(methods["rows"], key=lambda r: (_origin(r, methods["rows"]), r["budget"], -r["test_accuracy"])):
         accuracies = [_validation(r), *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")),
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
-        served = [f"{r['online_ms']:.0f}", f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
+        served = [_with_spread(r, "online_ms"), f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
         degree = "" if r["degree"] is None else str(r["degree"])
         lines.append([r["label"] + _later(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}", degree, *accuracies, *served,
                       str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}", r["hardware"]])
     return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",
-                   f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms", "online MB",
+                   f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms (min-max)", "online MB",
                    "rounds", "seed", "epochs", "minutes", "trained on"), lines)
 
 
