@@ -220,16 +220,22 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against online latency where both are known, a panel for each network that others were made of."""
     origins = [_origin(row, rows) for row in rows]
     networks = list(dict.fromkeys(origins))
-    figure, panels = plt.subplots(1, len(networks), figsize=(6.5 * len(networks), 5.4), layout="constrained", squeeze=False)
-    for axis, network in zip(panels[0], networks):
+    figure, panels = plt.subplots(len(networks), 1, figsize=(11, 4.2 * len(networks)), layout="constrained", squeeze=False)
+    for axis, network in zip(panels[:, 0], networks):
         own = sorted((row for row, origin in zip(rows, origins) if origin == network), key=lambda row: -row["test_accuracy"])
-        for colour, row in zip(METHOD_COLOURS * 5, own):
+        colours: dict[str, str] = {}
+        for row in own:
+            name = f"{row['label']}{_later(row)}"
+            first = name not in colours
+            colour = colours.setdefault(name, METHOD_COLOURS[len(colours) % len(METHOD_COLOURS)])
             ends = [[abs(row["online_ms"] - end)] for end in row["online_ms_spread"]]
             axis.errorbar(row["online_ms"], 100 * row["test_accuracy"], xerr=ends, fmt="o", capsize=2, color=colour,
-                          label=f"{row['label']}{_later(row)}; {row['relus']:,} ReLUs, n={row['runs']}")
-        axis.set(title=network, xlabel="private online latency, ms", ylabel="test accuracy, %")
+                          label=name if first else None)
+            axis.annotate(f"{row['relus']:,}", (row["online_ms"], 100 * row["test_accuracy"]), (3, 4), textcoords="offset points",
+                          fontsize=7, color=colour)
+        axis.set(title=f"{network}; numbers: ReLUs", xlabel="private online latency, ms", ylabel="test accuracy, %")
         axis.grid(True, alpha=0.25)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
