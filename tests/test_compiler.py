@@ -59,15 +59,6 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.conv(self.relu(x)))
-
-
 REFUSED = {
     "Sigmoid at '1'": nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()),
     "'mul'": Odd(lambda a, b: a * b),
@@ -84,7 +75,6 @@ REFUSED = {
     f"{Path(__file__).name}, line ": Branching(),
     "cannot trace module '1' (Branching)": nn.Sequential(nn.Conv2d(3, 3, 1), Branching()),
     "does not run": nn.Sequential(nn.Conv2d(5, 3, 1)),
-    "called more than once": Twice(),
 }
 
 
