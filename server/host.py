@@ -226,7 +226,11 @@ class Workers:
         self._finish(grace_s)
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self._command(number), stdout=subprocess.PIPE)
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which it inherits, until it serves
+        try:
+            return subprocess.Popen(self._command(number), stdout=subprocess.PIPE)
+        finally:
+            signal.signal(signal.SIGHUP, handler)
 
     def _send(self, number: int) -> None:
         for process in self._processes:

@@ -184,6 +184,18 @@ def test_a_hangup_before_it_serves_ends_nothing(app: str, relu_model: Model, tmp
     assert seen == [signal.SIG_IGN]
 
 
+def test_a_hangup_leaves_a_worker_that_starts() -> None:
+    import sys
+
+    from server.host import Workers
+
+    before = signal.getsignal(signal.SIGHUP)
+    worker = Workers(1, lambda _: [sys.executable, "-c", "import time; time.sleep(0.5); print('serving')"])._start(0)
+    assert signal.getsignal(signal.SIGHUP) is before
+    worker.send_signal(signal.SIGHUP)
+    assert worker.communicate(timeout=30)[0] == b"serving\n" and worker.returncode == 0
+
+
 def test_certificates(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = authority.issue(Identity("server", "alpha"), ["localhost", "10.0.0.1"])
