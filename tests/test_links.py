@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,33 @@ def test_links_are_as_set(name: str, how: str) -> None:
     capacity = _in_a_process_of_its_own("from benchmarks.relay import measure_capacity; measure_capacity()")["bits_per_s"]
     if capacity < 1.2 * link.bits_per_s:
         pytest.skip(f"this machine carries only {capacity / 1e6:.0f} Mbit/s through a relay that does not pace")
+    pytest.fail(str(readings))
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("upward", [True, False])
+def test_each_direction_of_the_relay_delays_and_paces(upward: bool) -> None:
+    """Half of the round trip each way, and the whole rate; one good reading of some."""
+    link, size, readings = LINKS["mobile"], 250_000, []
+
+    def seconds(sender: socket.socket, receiver: socket.socket, count: int) -> float:
+        started = time.perf_counter()
+        sender.sendall(bytes(count))
+        while count:
+            count -= len(receiver.recv(1 << 16))
+        return time.perf_counter() - started
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, Relay(f"127.0.0.1:{listening.getsockname()[1]}", link) as relay:
+        host, _, port = relay.address.rpartition(":")
+        near = socket.create_connection((host, int(port)), 10)
+        far, _ = listening.accept()
+        with near, far:
+            for _ in range(10):
+                ends = (near, far) if upward else (far, near)
+                readings.append((seconds(*ends, 1), seconds(*ends, size)))
+                if (any(one == pytest.approx(link.rtt_s / 2, rel=0.05) for one, _ in readings)
+                        and any(all_ == pytest.approx(link.rtt_s / 2 + 8 * size / link.bits_per_s, rel=0.05) for _, all_ in readings)):
+                    return
     pytest.fail(str(readings))
 
 
