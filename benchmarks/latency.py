@@ -231,17 +231,22 @@ def run_side_by_side(model: Model, network: str, width: int, names: list[str], r
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save(model, path)
+        keep(measured)
         for result in run_peers(path, torch.from_numpy(images[:, 0].copy()), names, runs, say=say):
+            rows.append(_peer_row(result))
             keep(measured)
-            label = LABELS[result["name"]]
-            if "skipped" in result:
-                rows.append({"name": result["name"], "label": label, "skipped": result["skipped"]})
-                continue
-            online = round(statistics.median(result["online_ms"]), 1)  # peers make their correlated randomness within it
-            rows.append({"name": result["name"], "label": label, "online_ms": online, "total_ms": online,
-                         "online_ms_spread": [round(min(result["online_ms"]), 1), round(max(result["online_ms"]), 1)],
-                         "total_bytes": result["bytes"], "hides_image": result["hides_image_from_server"],
-                         "same_network": result["name"] != "tenseal"} |
-                        {key: result.get(key) for key in ("bytes", "setup_ms", "setup_bytes", "rounds", "runs", "max_abs_error",
-                                                          "agreement", "notes", "versions")})
     return measured
+
+
+def _peer_row(result: dict[str, Any]) -> dict[str, Any]:
+    """The row of what a peer's program measured."""
+    row = {"name": result["name"], "label": LABELS[result["name"]]}
+    if "skipped" in result:
+        return row | {"skipped": result["skipped"]}
+    online = round(statistics.median(result["online_ms"]), 1)  # peers make their correlated randomness within it
+    return row | {"online_ms": online, "total_ms": online,
+                  "online_ms_spread": [round(min(result["online_ms"]), 1), round(max(result["online_ms"]), 1)],
+                  "total_bytes": result["bytes"], "hides_image": result["hides_image_from_server"],
+                  "same_network": result["name"] != "tenseal"} | {
+        key: result.get(key) for key in ("bytes", "setup_ms", "setup_bytes", "rounds", "runs", "max_abs_error", "agreement", "notes",
+                                         "versions")}

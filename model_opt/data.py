@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -52,7 +53,7 @@ class Split:
 
     def inference_batch(self, images: int) -> int:
         """How many images go through a network together without gradients: `images` of 32x32, or as many pixels, at least 16."""
-        return max(images * 32 * 32 // (self.images[0, 0].numel() or 1), 16) if len(self) else images
+        return max(images * 32 * 32 // math.prod(self.shape[1:]), 16)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

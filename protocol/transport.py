@@ -438,18 +438,14 @@ class PromptCallers(grpc.ServerInterceptor):  # type: ignore[misc]
             return handler
 
         def request(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            with time_limit(context, self._opening_s):
+            with answering("opening", context), time_limit(context, self._opening_s):
                 return next_from_caller(messages)
 
         def answer(messages: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            with answering("opening", context):
-                opening = request(messages, context)
-            return handler.unary_unary(opening, context)
+            return handler.unary_unary(request(messages, context), context)
 
         def answers(messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-            with answering("opening", context):
-                opening = request(messages, context)
-            yield from handler.unary_stream(opening, context)
+            yield from handler.unary_stream(request(messages, context), context)
 
         make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
         return make(answers if handler.response_streaming else answer, handler.request_deserializer, handler.response_serializer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,27 @@ def test_a_full_disk_leaves_the_last_result(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StorageError, match="No space left"):
         _store({"rows": []}, out, False)
     assert json.loads(out.read_text())["rows"] == [1, 2] and [path.name for path in tmp_path.iterdir()] == ["load.json"]
+
+
+def test_peers_that_stop_leave_the_rows_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    import benchmarks.latency as module
+
+    def run_peers(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {"name": "spu-aby3", "skipped": "no reason"}
+        yield {"name": "crypten-tfp", "online_ms": [2.0, 1.0, 4.0], "bytes": 5, "hides_image_from_server": False, "setup_ms": 3.0}
+        raise KeyboardInterrupt
+
+    ours = dict.fromkeys(("network", "width", "relus", "plaintext_ms", "plaintext_ms_spread", "plaintext_runs", "online_tcp_bytes",
+                          "preprocessing_tcp_bytes", "online_ms", "online_ms_spread", "preprocessing_ms", "total_ms", "setup_ms",
+                          "setup_bytes", "rounds", "runs", "max_abs_error", "agreement", "load_average", "versions", "cpu", "commit",
+                          "date"), 1)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: ours)
+    monkeypatch.setattr(module, "run_peers", run_peers)
+    kept: list[list[str]] = []
+    with pytest.raises(KeyboardInterrupt):
+        module.run_side_by_side(random_model("resnet18", 4, 10), "resnet18", 4, [], 3, lambda _: None,
+                                lambda result: kept.append([f"{r['name']} {r.get('online_ms')}" for r in result["rows"]]))
+    assert [len(names) for names in kept] == [2, 3, 4] and kept[-1][-2:] == ["spu-aby3 None", "crypten-tfp 2.0"]
 
 
 def test_percentiles_lie_between_the_values_seen() -> None:
