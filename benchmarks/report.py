@@ -225,7 +225,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
         own = sorted((row for row, origin in zip(rows, origins) if origin == network), key=lambda row: -row["test_accuracy"])
         colours: dict[str, str] = {}
         for row in own:
-            name = f"{row['label']}{_later(row)}"
+            name = f"{row['label']}{_course(row)}"
             first = name not in colours
             colour = colours.setdefault(name, METHOD_COLOURS[len(colours) % len(METHOD_COLOURS)])
             ends = [[abs(row["online_ms"] - end)] for end in row["online_ms_spread"]]
@@ -417,11 +417,13 @@ def _validation(row: dict[str, Any]) -> str:
     return f"{100 * row['validation_accuracy']:.2f}{images}"
 
 
-def _later(row: dict[str, Any]) -> str:
-    later = row.get("later", [])
+def _course(row: dict[str, Any]) -> str:
+    """What came before a network's last reduction, and after it."""
+    earlier, later = row.get("earlier", []), row.get("later", [])
+    begun = next((f", from {part['relus']:,} ReLUs" for part in reversed(earlier) if part["command"] == "reduce"), "")
     averaged = ", weights averaged" if any(part["command"] == "average" for part in later) else ""
     epochs = sum(run["epochs"] for part in later for run in (part, *part.get("besides", ())))
-    return f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else ""
+    return begun + (f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else "")
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
@@ -432,7 +434,7 @@ def methods_table(methods: dict[str, Any]) -> list[str]:
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
         served = [_with_spread(r, "online_ms"), f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
         degree = "" if r["degree"] is None else str(r["degree"])
-        lines.append([r["label"] + _later(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}", degree, *accuracies, *served,
+        lines.append([r["label"] + _course(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}", degree, *accuracies, *served,
                       str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}", r["hardware"]])
     return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",
                    f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms (min-max)", "online MB",

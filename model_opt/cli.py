@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, table_row, taken_in
+from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, reduction, table_row, taken_in
 from model_opt.training import (
     NORM_IMAGES,
     Ensemble,
@@ -106,11 +106,23 @@ def _teacher(path: Path) -> tuple[nn.Module, files.NetworkInfo]:
     return model, info
 
 
-def _fitting(dataset: datasets.Dataset, info: files.NetworkInfo, path: Path) -> tuple[data.Split, data.Split]:
-    """Training images as the network at `path` expects them, and the validation images that no training of its lineage took in."""
+def _start(path: Path, method: str, teacher: Path, info: files.NetworkInfo) -> tuple[nn.Module, files.NetworkInfo]:
+    """The reduced network at `path` for a reduction of the teacher to start from."""
+    model, before = files.load_network(path)
+    if method != "autorep" or reduction(before.made_by).get("method") != "autorep":
+        raise InputError(f"a {method} run cannot start from {path}" if method != "autorep" else f"{path} is not of autorep",
+                         "--from goes with method autorep and a network that it made; leave --from out to start from the teacher")
+    if replace(before, made_by={}, partial=False) != replace(info, made_by={}):
+        raise InputError(f"{path} has another architecture, data or normalisation than {teacher}", "pass a teacher of its lineage")
+    return model, before
+
+
+def _fitting(dataset: datasets.Dataset, infos: Sequence[files.NetworkInfo], path: Path) -> tuple[data.Split, data.Split]:
+    """Training images as the network at `path`, the first one, expects them; the validation images that none of these lineages took in."""
+    info = infos[0]
     train, validation = dataset.load_train()
     files.check_fits(dataset, train.shape, info, path)
-    unseen = _unseen(validation, [info])
+    unseen = _unseen(validation, infos)
     return replace(train, mean=info.mean, std=info.std), replace(unseen, mean=info.mean, std=info.std)
 
 
@@ -153,12 +165,12 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _sources(teacher: nn.Module, info: files.NetworkInfo, dataset: datasets.Dataset,
-             splits: tuple[data.Split, data.Split]) -> dict[str, Any]:
-    """What a network is reduced from."""
-    taken = taken_in([info])
+def _sources(teacher: nn.Module, infos: Sequence[files.NetworkInfo], dataset: datasets.Dataset, splits: tuple[data.Split, data.Split],
+             start: nn.Module | None = None) -> dict[str, Any]:
+    """What a network is reduced from. infos: of the teacher and of the network to start from."""
+    taken = taken_in(infos)
     return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits],
-            **({"fold_in": taken} if taken else {})}
+            **({"start": digest(start)} if start is not None else {}), **({"fold_in": taken} if taken else {})}
 
 
 def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe, distil: bool, sources: dict[str, Any]) -> dict[str, Any]:
@@ -168,12 +180,13 @@ def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe,
 
 
 def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo,
-                splits: tuple[data.Split, data.Split], recipe: Recipe, *folders: Path) -> tuple[methods.Reduced, dict[str, Any]]:
+                splits: tuple[data.Split, data.Split], recipe: Recipe, *folders: Path,
+                start: nn.Module | None = None) -> tuple[methods.Reduced, dict[str, Any]]:
     """The reduced network and the facts of the run. folders: of the run, and perhaps another of what other budgets share with it."""
     total = methods.count_all(teacher, info.input_shape)
     torch.manual_seed(recipe.seed)
     result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folders[0],
-                            shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), **options)
+                            shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), start=start, **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
                "validation_accuracy": result.validation_accuracy, "validation_images": len(splits[1]),
                "minutes": minutes_spent(*folders), "epochs_spent": epochs_spent(*folders),
@@ -249,7 +262,7 @@ def train(
         files.check_fits(source, training.shape, before, start)
         infos.append(before)
         network, width, origin = before.network, before.width, digest(model)
-        stage = methods.going_on(model, before.made_by)
+        stage = methods.going_on(model, reduction(before.made_by))
     else:
         try:
             width = width or STANDARD_WIDTH.get(network, 64)
@@ -333,6 +346,8 @@ def average_networks(
 def reduce(
     teacher: Annotated[Path, typer.Option(help="All-ReLU network, from `train`.")],
     out: Annotated[Path, typer.Option(help="Where to write the network.")],
+    start: Annotated[Path | None, typer.Option(
+        "--from", help="Network that autorep made, of the teacher's architecture, to start from: another budget in fewer epochs.")] = None,
     budget: Annotated[int | None, typer.Option(help="ReLUs per image that may remain.")] = None,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(methods.METHODS)}; default autorep, or cost with a target.")] = None,
     option: MethodOption = None,
@@ -370,16 +385,23 @@ def reduce(
         raise InputError("no goal given", "pass --budget, --target-ms with --link, or --target-bytes")
     method = method or "autorep"
     options = _parse_options(method, option or [])
+    infos, begin = [info], None
+    if start is not None:
+        begin, before = _start(start, method, teacher, info)
+        infos.append(before)
+        options = {**reduction(before.made_by)["options"], **options}
     total = methods.count_all(parent, info.input_shape)
     budget = total if budget is None else budget
     methods.check_budget(budget, total)
     source = _open(folder, dataset, image_size, download)
-    splits = _fitting(source, info, teacher)
+    splits = _fitting(source, infos, teacher)
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
-    settings = _settings(method, budget, options, recipe, distil, _sources(parent, info, source, splits))
-    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem)
+    settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin))
+    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin)
     if world()[0] > 0:
         return
+    if begin is not None:
+        made_by["from"] = infos[-1].made_by
     for variant, path, facts in _variants(result, made_by, out):
         _write(path, files.serialise_network(variant.model, _reduced_info(info, variant, facts)))
         kept = _named(f"{variant.relus:,} of {total:,} ReLUs", variant)
@@ -422,8 +444,8 @@ def pareto(
         pairs = re.split(r",(?=\w+=)", text) if text else []  # a value may be a list: widths=0.5,0.25
         chosen.append((configuration, method, _parse_options(method, pairs)))
     source = _open(folder, dataset, image_size, False)
-    splits = _fitting(source, info, teacher)
-    sources = _sources(parent, info, source, splits)
+    splits = _fitting(source, [info], teacher)
+    sources = _sources(parent, [info], source, splits)
     unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
     title = f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}"
     rows: list[dict[str, Any]] = []
@@ -555,7 +577,7 @@ def compile_network(
 ) -> None:
     """Compile NETWORK to the file that `relucent-server serve` takes."""
     model, info = files.load_network(network)
-    training, _ = _fitting(_open(folder, dataset, image_size, False), info, network)
+    training, _ = _fitting(_open(folder, dataset, image_size, False), [info], network)
     title = name or f"{info.network}-w{info.width}-{info.made_by.get('relus', 'all')}-relus"
     with Status("compiling", console=Console(stderr=True)) as status:
         result = compiler.compile_model(model, training[:images].normalised(), name=title, classes=info.classes, mean=info.mean,

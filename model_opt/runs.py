@@ -56,6 +56,11 @@ def lineage(made_by: dict[str, Any]) -> list[dict[str, Any]]:
     return [*before, {key: value for key, value in made_by.items() if key != "from"}]
 
 
+def reduction(made_by: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the last reduction in a network's lineage; empty if it has all its ReLUs."""
+    return next((part for part in reversed(lineage(made_by)) if part.get("command") == "reduce"), {})
+
+
 def all_runs(made_by: dict[str, Any]) -> list[dict[str, Any]]:
     """Its lineage and the runs that made what was averaged into it, each once."""
     found: list[dict[str, Any]] = []
@@ -83,12 +88,13 @@ def averaged(infos: Sequence[NetworkInfo]) -> dict[str, Any]:
 def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
     """A network's row in tables of methods; a teacher's too. Raises KeyError for a file of an earlier version.
 
-    Epochs, minutes and hardware include the training that went on from a network (`train --from`) and all that was averaged into it;
-    `later` has its settings, and the validation accuracy is that of the last.
+    Epochs, minutes and hardware include all runs of its lineage and all that was averaged into it. `earlier` has the settings of those
+    before its last reduction, `later` of those after it; the validation accuracy is that of the last.
     """
-    parts, runs = lineage(info.made_by), all_runs(info.made_by)
-    made_by, later, last = parts[0], parts[1:], parts[-1]
-    if made_by["command"] == "reduce":
+    parts, runs, reduced = lineage(info.made_by), all_runs(info.made_by), reduction(info.made_by)
+    made_by, last = reduced or parts[0], parts[-1]
+    earlier, later = parts[: parts.index(made_by)], parts[parts.index(made_by) + 1 :]
+    if reduced:
         method, options = made_by["method"], made_by["options"]
         label = method + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
         relus, budget, degree = made_by["relus"], made_by["budget"], options.get("degree", 2 if method in ("autorep", "cost") else 0)
@@ -102,4 +108,4 @@ def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
             "minutes": round(sum(run["minutes"] for run in runs), 1), "torch": made_by.get("torch", ""),
             "settings": {key: value for key, value in made_by.items() if key not in FOUND}, "details": made_by.get("details", {}),
             **({name: last[name] for name in ("fold_in", "validation_images")} if last.get("fold_in") else {}),
-            **({"later": later} if later else {})}
+            **({"earlier": earlier} if earlier else {}), **({"later": later} if later else {})}

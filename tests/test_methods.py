@@ -285,14 +285,14 @@ def test_going_on_keeps_the_rules_of_the_reduction() -> None:
     network = small()
     (layer,) = partial_activations(network).values()
     layer.per_channel_c2()
-    stage = going_on(network, {"command": "train", "from": made_by})
+    stage = going_on(network, made_by)
     assert layer.c2 is not None and layer.range_penalty == 0
     layer.c2.data.fill_(0.5)
     stage.after_step(0.1)
     assert torch.allclose(layer.c2.detach(), torch.tensor(0.02))  # the factor is folded in
     going_on(network, {"command": "reduce", "method": "autorep", "options": {"frozen": True}})
     assert not any(parameter.requires_grad for parameter in (layer.c2, layer.c1, layer.c0))
-    assert going_on(small(), {"command": "train"}).status() == {}
+    assert going_on(small(), {}).status() == {}
 
 
 def test_budget_zero(teacher: nn.Module, tmp_path: Path) -> None:
@@ -330,6 +330,26 @@ def test_schedule_ends_at_the_budget_and_never_exceeds_it(granularity: str) -> N
     assert layer.gate is None
     if granularity == "channel":
         assert all(len(channel.unique()) == 1 for channel in layer.mask)
+
+
+@pytest.mark.parametrize(("begun", "budget"), [(1000, 100), (1000, 0), (100, 1000), (0, 1000), (500, 500)])
+def test_a_reduced_network_goes_to_a_larger_or_smaller_budget(begun: int, budget: int) -> None:
+    """The schedule leads there; noise alone does not move a pixel without a ReLU above one that has it."""
+    model = small()
+    (layer,) = partial_activations(model).values()
+    layer.mask.fill_(SQUARE).flatten()[:begun] = RELU
+    stage = AutoRep(model, budget, Options(freeze=0.5, indicator_lr=1e-6))
+    stage.begin(model, None)
+    counts = []
+    for i in range(40):
+        (gate,) = stage.gates()
+        gate.grad = torch.randn_like(gate)
+        stage.after_step(i / 40)
+        counts.append(layer.count(RELU))
+        assert min(begun, budget) <= counts[-1] <= max(begun, stage.scheduled(i / 40))
+    assert counts[-1] == budget and counts == sorted(counts, reverse=budget < begun) and (budget == begun or len(set(counts)) > 5)
+    assert int((layer.mask.flatten()[:begun] == RELU).sum()) == min(begun, budget)
+    stage.finish()
 
 
 def test_hysteresis() -> None:

@@ -100,6 +100,40 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
     assert row["validation_images"] == len(kept) - 1
 
 
+def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To smaller and larger budgets, in the teacher's place; the row has the last reduction and adds all up."""
+    (kept,) = open_dataset(Path("data")).load_train()[1:]
+    common: dict[str, Any] = {**SHORT, "lr": 0.01}
+    reduce(Path("teacher"), Path("first"), budget=500, option=["degree=1", "freeze=0.5"], **common)
+    train(Path("second"), start=Path("first"), fold_in=1, **SHORT)
+    begun = load_network(Path("second"))[0]
+    for name, start, budget in (("less", "second", 100), ("more", "less", 1000), ("none", "more", 0)):
+        reduce(Path("teacher"), Path(name), start=Path(start), budget=budget, option=["freeze=0.9"] if name == "less" else None, **common)
+        model, info = load_network(Path(name))
+        row = table_row(info, name)
+        assert count_relus(model) == row["relus"] == budget == row["budget"]
+        assert row["settings"]["options"]["degree"] == row["degree"] == 1 and "later" not in row
+        assert row["validation_images"] == len(kept) - 1 == info.made_by["validation_images"]
+        assert all(layer.count(SQUARE) == 0 for layer in partial_activations(model).values())
+    assert row["epochs"] == 5 and [part["command"] for part in row["earlier"]] == ["reduce", "train", "reduce", "reduce"]
+    assert row["settings"]["options"]["freeze"] == 0.9  # of the network it started from
+    less = load_network(Path("less"))[0]
+    pairs = zip(partial_activations(begun).values(), partial_activations(less).values())
+    assert sum(int(((a.mask == RELU) & (b.mask == RELU)).sum()) for a, b in pairs) > 80  # its own ReLUs, not a new choice
+
+    for start, words, settings in (("teacher", "not of autorep", {}), ("first", "a snl run cannot start", {"method": "snl"}),
+                                   ("first", "a cost run cannot start", {"target_bytes": 10**6}),
+                                   ("first", "has other activations than ReLUs and degree 2", {"option": ["degree=2"]})):
+        with pytest.raises(SystemExit):
+            reduce(Path("teacher"), Path("out"), start=Path(start), run=place / "out-run", **({"budget": 50} | settings), **common)
+        refused(capsys, words)
+    info = network_info(classes=("cat", "dog"), input_shape=(3, 16, 16), width=8)
+    Path("wide").write_bytes(serialise_network(build("resnet18", 8, 2), info))
+    with pytest.raises(SystemExit):
+        reduce(Path("wide"), Path("out"), start=Path("first"), budget=50, **common)
+    refused(capsys, "another architecture", "its lineage")
+
+
 def test_pareto_searches_once_for_all_budgets(place: Path) -> None:
     pareto(Path("teacher"), Path("table"), "200,100", ["senet"], epochs=3, batch=6, lr=0.01)
     rows = json.loads(Path("table/pareto.json").read_text())["rows"]

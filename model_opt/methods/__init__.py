@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from model_opt import compiler
-from model_opt.activation import partial_activations, separate_relus
+from model_opt.activation import partial_activations, replace_relus, separate_relus
 from model_opt.data import Split
 from model_opt.datasets import Dataset
 from model_opt.methods import autorep, cost, deepreduce, senet, snl
@@ -39,7 +40,7 @@ def make_options(method: str, values: dict[str, Any]) -> Any:
 
 def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Dataset | tuple[Split, Split], recipe: Recipe | None = None,
            folder: Path = Path("runs/reduce"), shared: Path | None = None, distil: bool = True,
-           rebuild: Callable[[float, int], nn.Module] | None = None, **options: Any) -> Reduced:
+           rebuild: Callable[[float, int], nn.Module] | None = None, start: nn.Module | None = None, **options: Any) -> Reduced:
     """Reduce the ReLUs of a trained network to a budget.
 
     Args:
@@ -52,6 +53,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         shared: folder for searches that do not depend on the budget (SENet's, DeepReDuce's): runs of other budgets that are given
             the same one do not repeat them. Default: `folder`.
         rebuild: makes an untrained network of the same family from a width factor and a stem stride, for methods that reshape.
+        start: network that AutoReP made of the same model with the same options, at a larger or smaller budget, to start from.
 
     Raises BudgetError, CompileError, DataError, TrainingError, ValueError.
     """
@@ -60,6 +62,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     model = separate_relus(model)
     if partial_activations(model):
         raise BudgetError("the network is reduced already; pass the all-ReLU network")
+    if start is not None and (method != "autorep" or not fits(start, model, train.shape)):
+        raise BudgetError("to start from a reduced network, pass one that autorep made of the same model, and method autorep")
     outputs = compiler.check(model, train.shape)
     check_budget(budget, count_all(model, train.shape))
     classes = len(data.classes) if isinstance(data, Dataset) else 1 + int(max(train.labels.max(), validation.labels.max()))
@@ -67,18 +71,23 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
                           "pass the data that it was trained on")
     task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild,
-                shared)
+                shared, start)
     return METHODS[method][1](task, chosen)
+
+
+def fits(reduced: nn.Module, model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network with partial activations has the architecture of an all-ReLU one."""
+    states = [network.state_dict() for network in (reduced, replace_relus(copy.deepcopy(model), shape))]
+    return {name: value.shape for name, value in states[0].items() if not name.endswith(".c2")} == {
+        name: value.shape for name, value in states[1].items()}
 
 
 def going_on(network: nn.Module, made_by: dict[str, Any]) -> Stage:
     """Put a loaded network back under the rules of the method that reduced it; the stage holds those of every step.
 
     Args:
-        made_by: as in its file; what came after the reduction may be around it.
+        made_by: the facts of its reduction; empty for a network that was not reduced.
     """
-    while "from" in made_by:
-        made_by = made_by["from"]
     if made_by.get("method") != "autorep":
         return Stage()
     return autorep.going_on(network, autorep.Options(**made_by["options"]))

@@ -7,25 +7,41 @@ exceeds the scheduled budget, all indicators are lowered by the one amount that 
 from all ReLUs to the budget in the first part of the run; then the mask is frozen and the rest trains weights and
 coefficients. Either way the final count never exceeds the budget.
 
+A run may start from a network that AutoReP has reduced already, which needs fewer epochs than one from the teacher. Its pixels without
+a ReLU start as far below zero as the others above; to a larger budget the schedule rises, and indicators are raised to meet it.
+
 The options' published values together are the published method but for its optimiser: there Adam moves weights and coefficients too
 (rate 1e-3; on Tiny-ImageNet 1e-4 within Lookahead), here they take the recipe's SGD, and only the indicators Adam.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model_opt.activation import IDENTITY, LINEAR, RANGE_PENALTY, RELU, SQUARE, PartialActivation, fit_polynomials, partial_activations
+from model_opt.activation import (
+    IDENTITY,
+    LINEAR,
+    RANGE_PENALTY,
+    RELU,
+    SQUARE,
+    PartialActivation,
+    count_relus,
+    fit_polynomials,
+    partial_activations,
+)
 from model_opt.methods.base import BudgetError, GateStage, Reduced, Task, check_granularity, check_values, keep_largest, set_gates
 from model_opt.training import Stage, fit
 
 FIT_IMAGES = 2000
 REFRESH_EVERY = 10
+REPLACEMENTS = (IDENTITY, LINEAR, SQUARE)
+"""What takes a ReLU's place, by degree."""
 INITS = {"low": (0.05, 0.1), "uniform": (0.0, 1.0)}
 """Where the indicators' uniform distribution starts, and how wide it is."""
 
@@ -89,13 +105,20 @@ class AutoRep(GateStage):
     def __init__(self, model: nn.Module, budget: int, options: Options, seed: int = 0, refit: Callable[[], None] = lambda: None) -> None:
         super().__init__(model, budget, granularity=options.granularity, lr=options.indicator_lr, freeze=options.freeze)
         self.options, self.refit, self.steps = options, refit, 0
+        self.begun = count_relus(model)
         generator = torch.Generator().manual_seed(seed)
         least, width = INITS[options.init]
-        set_gates(self.layers, lambda mask: (least + width * torch.rand(mask.shape, generator=generator)).to(mask.device), soft=False)
+        set_gates(self.layers, lambda mask: side(mask) * (least + width * torch.rand(mask.shape, generator=generator)).to(mask.device),
+                  soft=False)
         if options.granularity == "channel":
             for layer in self.layers:
                 assert layer.gate is not None
                 layer.gate.data.copy_(layer.gate.data.view(len(layer.gate), -1)[:, :1].view(layer.channels).expand_as(layer.gate))
+
+    @property
+    def growing(self) -> bool:
+        """Whether the budget exceeds what the run began with."""
+        return self.budget > self.begun
 
     def scheduled(self, progress: float) -> int:
         """ReLUs allowed after the fraction `progress` of the run."""
@@ -103,8 +126,10 @@ class AutoRep(GateStage):
         if done >= 1:
             return self.budget
         if self.options.penalty:
-            return self.total
-        return max(self.budget, int(self.total * (max(self.budget, 1) / self.total) ** done))
+            return max(self.begun, self.budget)
+        if self.growing:
+            return min(self.budget, int(max(self.begun, 1) * (self.budget / max(self.begun, 1)) ** done))
+        return max(self.budget, int(self.begun * (max(self.budget, 1) / max(self.begun, 1)) ** done))
 
     @torch.no_grad()
     def adapt(self) -> None:
@@ -115,16 +140,18 @@ class AutoRep(GateStage):
 
     @torch.no_grad()
     def update(self, progress: float) -> None:
-        """Hysteresis, and the push down that keeps the count within the schedule."""
-        leads = [gate + self.options.threshold * (2.0 * (layer.mask == RELU) - 1) for gate, layer in zip(self.gates(), self.layers)]
+        """Hysteresis, and the push that keeps the count within the schedule; growing, the one that makes it meet the schedule."""
+        leads = [gate + self.options.threshold * side(layer.mask) for gate, layer in zip(self.gates(), self.layers)]
         lead, cost = self.units(leads)
         keep = lead > 0
         allowed = self.scheduled(progress)
-        if int(cost[keep].sum()) > allowed:
+        if self.growing or int(cost[keep].sum()) > allowed:
             keep, push = keep_largest(lead, cost, allowed)
-            keep &= lead > 0  # what is left of the budget does not bring back what hysteresis took
+            if not self.growing:
+                keep &= lead > 0  # what is left of the budget does not bring back what hysteresis took
+                push = max(push, 0.0)
             for gate in self.gates():
-                gate.sub_(max(push, 0.0))
+                gate.sub_(push if math.isfinite(push) else 0.0)
         self.apply(keep)
 
     @torch.no_grad()
@@ -148,6 +175,11 @@ class AutoRep(GateStage):
         self.steps = int(state["steps"])
 
 
+def side(mask: Tensor) -> Tensor:
+    """1 where there is a ReLU, -1 elsewhere."""
+    return 2.0 * (mask == RELU) - 1
+
+
 @torch.no_grad()
 def clip(layers: Iterable[PartialActivation], options: Options) -> None:
     """Hold c2 within the options' clip_x2."""
@@ -166,14 +198,31 @@ class _Clipping(Stage):
         clip(self.layers, self.options)
 
 
+def folded(options: Options) -> Options:
+    """The options for a network that a run has finished: its coefficients hold the factor of c2, and are not fitted again."""
+    return replace(options, clip_x2=options.clip_x2 * options.scale_x2, scale_x2=1.0, refresh=0)
+
+
 def going_on(network: nn.Module, options: Options) -> Stage:
-    """The options' rules for a network whose masks are fixed: range penalty, frozen coefficients, and clipping by the stage."""
+    """The options' rules for a reduced network: replacement, range penalty, frozen coefficients, and clipping by the stage."""
     layers = partial_activations(network).values()
     for layer in layers:
-        layer.range_penalty = options.range_penalty
+        layer.replacement, layer.range_penalty = REPLACEMENTS[options.degree], options.range_penalty
         if options.frozen or options.degree == 0:
             layer.freeze()
-    return _Clipping(layers, replace(options, clip_x2=options.clip_x2 * options.scale_x2))  # the factor is folded in
+    return _Clipping(layers, folded(options))
+
+
+def check_start(network: nn.Module, options: Options) -> None:
+    """Raise BudgetError unless the reduced network is one that AutoReP makes with these options."""
+    for name, layer in partial_activations(network).items():
+        if layer.count(RELU) + layer.count(REPLACEMENTS[options.degree]) < layer.mask.numel():
+            raise BudgetError(f"the network to start from has other activations than ReLUs and degree {options.degree}, in {name}")
+        if options.degree == 2 and (layer.c2 is None) != (options.c2 == "layer"):
+            raise BudgetError(f"c2={options.c2} is not how the network to start from was made")
+        rows = (layer.mask == RELU).flatten(1)
+        if options.granularity == "channel" and bool((rows != rows[:, :1]).any()):
+            raise BudgetError(f"granularity=channel is not how the network to start from was made, see {name}")
 
 
 def fit_coefficients(model: nn.Module, task: Task, options: Options) -> None:
@@ -194,7 +243,7 @@ def prepare(model: nn.Module, task: Task, options: Options, linear: Collection[s
     """Fit the polynomials of a student's layers as the options say; the layers named in `linear` become lines at once."""
     layers = partial_activations(model).values()
     for name, layer in partial_activations(model).items():
-        layer.replacement = LINEAR if name in linear else (IDENTITY, LINEAR, SQUARE)[options.degree]
+        layer.replacement = LINEAR if name in linear else REPLACEMENTS[options.degree]
         layer.range_penalty, layer.c2_scale = options.range_penalty, options.scale_x2
         if options.c2 == "channel":
             layer.per_channel_c2()
@@ -207,9 +256,14 @@ def prepare(model: nn.Module, task: Task, options: Options, linear: Collection[s
 
 
 def reduce(task: Task, options: Options) -> Reduced:
-    """AutoReP on the task's teacher. Raises BudgetError, TrainingError."""
+    """AutoReP on the task's teacher, or on what it starts from. Raises BudgetError, TrainingError."""
     student = task.student()
-    prepare(student, task, options)
+    if task.start is None:
+        prepare(student, task, options)
+    else:
+        check_start(student, options)
+        going_on(student, options)
+        options = folded(options)
     stage = AutoRep(student, task.budget, options, task.recipe.seed, lambda: fit_coefficients(student, task, options))
     score = fit(student, task.train, task.validation, task.recipe, task.folder, teacher=task.mentor, stage=stage,
                 label="autorep", settings=task.settings(options))

@@ -62,6 +62,7 @@ class Task:
     folder: for checkpoints and logs. distil: learn from the teacher's outputs too.
     rebuild: makes an untrained network of the teacher's family from a width factor and a stem stride; None if unknown.
     shared: folder in which runs of other budgets find what does not depend on it; None for none.
+    start: reduced network of the teacher's architecture whose weights and ReLUs the student starts from; None for the teacher's.
     """
 
     teacher: nn.Module
@@ -73,6 +74,7 @@ class Task:
     distil: bool = True
     rebuild: Callable[[float, int], nn.Module] | None = None
     shared: Path | None = None
+    start: nn.Module | None = None
 
     @property
     def searches(self) -> Path:
@@ -94,10 +96,13 @@ class Task:
 
     def search_settings(self, options: Any) -> dict[str, Any]:
         """What runs of other budgets must share: the teacher that the student starts from, and the method's options."""
-        return {"teacher": digest(self.teacher), **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}}
+        sources = {"teacher": digest(self.teacher), **({"from": digest(self.start)} if self.start is not None else {})}
+        return sources | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
 
     def student(self) -> nn.Module:
-        """A copy of the teacher with all-ReLU partial activations."""
+        """A copy of the network to start from, or of the teacher with all-ReLU partial activations."""
+        if self.start is not None:
+            return copy.deepcopy(self.start)
         return replace_relus(copy.deepcopy(self.teacher), self.shape)
 
 
