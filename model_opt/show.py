@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +76,14 @@ def draw_masks(masks: dict[str, Tensor], title: str, path: Path) -> None:
 def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, published: bool) -> None:
     """Accuracy against ReLUs on a log scale, a line for each series, that is a method with its settings.
 
+    The scale is linear near 0 if there are networks without ReLUs.
     published: add literature's CIFAR-10 points, hollow.
     """
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     measure = "test_accuracy" if all(row.get("test_accuracy") is not None for row in rows) else "validation_accuracy"
     series = [row.get("series", row["label"]) for row in rows]
     for colour, name in zip(METHOD_COLOURS * 3, sorted(set(series))):
-        points = sorted((max(row["relus"], 1), 100 * row[measure]) for row, own in zip(rows, series) if own == name)
+        points = sorted((row["relus"], 100 * row[measure]) for row, own in zip(rows, series) if own == name)
         axis.plot(*zip(*points), "o-", color=colour, label=name)
     if published:
         markers = dict(zip(dict.fromkeys(r.method for r in CIFAR10), "s^Dvp"))
@@ -90,6 +92,10 @@ def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, publishe
             kind = next(r.replacement for r in CIFAR10 if r.method == method)
             axis.plot(*zip(*points), marker, color="grey", mfc="none", ms=6, label=f"published: {method} ({kind})")
     axis.set_xscale("log")
+    if any(row["relus"] == 0 for row in rows):
+        least = 10 ** math.floor(math.log10(min((row["relus"] for row in rows if row["relus"]), default=1000)))
+        axis.set_xscale("symlog", linthresh=least)
+        axis.set_xlim(left=-least / 4)
     axis.set(xlabel="ReLUs per image", ylabel=f"{measure.replace('_', ' ')}, %", title=title)
     axis.grid(True, which="both", alpha=0.25)
     axis.legend(fontsize=8)
