@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
+from model_opt.methods.autorep import SETTLED
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
 from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, reduction, table_row, taken_in
 from model_opt.training import (
@@ -106,15 +107,21 @@ def _teacher(path: Path) -> tuple[nn.Module, files.NetworkInfo]:
     return model, info
 
 
-def _start(path: Path, method: str, teacher: Path, info: files.NetworkInfo) -> tuple[nn.Module, files.NetworkInfo]:
-    """The reduced network at `path` for a reduction of the teacher to start from."""
+def _start(path: Path, method: str, options: dict[str, Any], teacher: Path,
+           info: files.NetworkInfo) -> tuple[nn.Module, files.NetworkInfo, dict[str, Any]]:
+    """The reduced network at `path` for a reduction of the teacher to start from, and its options with the given ones over them."""
     model, before = files.load_network(path)
     if method != "autorep" or reduction(before.made_by).get("method") != "autorep":
         raise InputError(f"a {method} run cannot start from {path}" if method != "autorep" else f"{path} is not of autorep",
                          "--from goes with method autorep and a network that it made; leave --from out to start from the teacher")
     if replace(before, made_by={}, partial=False) != replace(info, made_by={}):
         raise InputError(f"{path} has another architecture, data or normalisation than {teacher}", "pass a teacher of its lineage")
-    return model, before
+    begun = reduction(before.made_by)["options"]
+    settled = {name: getattr(methods.make_options(method, begun), name) for name in SETTLED}
+    if changed := [f"{name}={value}" for name, value in settled.items() if options.get(name, value) != value]:
+        raise InputError(f"{path} was made with {', '.join(changed)}, which stays",
+                         "leave that setting out, or leave --from out to start from the teacher")
+    return model, before, {**begun, **options}
 
 
 def _fitting(dataset: datasets.Dataset, infos: Sequence[files.NetworkInfo], path: Path) -> tuple[data.Split, data.Split]:
@@ -387,9 +394,8 @@ def reduce(
     options = _parse_options(method, option or [])
     infos, begin = [info], None
     if start is not None:
-        begin, before = _start(start, method, teacher, info)
+        begin, before, options = _start(start, method, options, teacher, info)
         infos.append(before)
-        options = {**reduction(before.made_by)["options"], **options}
     total = methods.count_all(parent, info.input_shape)
     budget = total if budget is None else budget
     methods.check_budget(budget, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, pa
 from model_opt.compiler import CompileError, compile_model
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, check_budget, going_on, make_options, reduce
-from model_opt.methods.autorep import AutoRep, Options
+from model_opt.methods.autorep import AutoRep, Options, check_start
 from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
@@ -350,6 +351,19 @@ def test_a_reduced_network_goes_to_a_larger_or_smaller_budget(begun: int, budget
     assert counts[-1] == budget and counts == sorted(counts, reverse=budget < begun) and (budget == begun or len(set(counts)) > 5)
     assert int((layer.mask.flatten()[:begun] == RELU).sum()) == min(begun, budget)
     stage.finish()
+
+
+@pytest.mark.parametrize(("options", "reason"), [({}, "ReLUs and degree 2, in "), ({"degree": 1, "granularity": "channel"}, "granularity"),
+                                                 ({"degree": 1}, "")])
+def test_a_start_of_other_settings_is_refused(options: dict[str, Any], reason: str) -> None:
+    model = small()
+    (layer,) = partial_activations(model).values()
+    layer.mask.fill_(LINEAR).flatten()[:5] = RELU
+    with pytest.raises(BudgetError, match=reason) if reason else nullcontext():
+        check_start(model, Options(**options))
+    layer.mask.fill_(SQUARE)
+    with pytest.raises(BudgetError, match="c2=channel"):
+        check_start(model, Options(c2="channel"))
 
 
 def test_hysteresis() -> None:

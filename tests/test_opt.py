@@ -123,7 +123,7 @@ def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.C
 
     for start, words, settings in (("teacher", "not of autorep", {}), ("first", "a snl run cannot start", {"method": "snl"}),
                                    ("first", "a cost run cannot start", {"target_bytes": 10**6}),
-                                   ("first", "has other activations than ReLUs and degree 2", {"option": ["degree=2"]})):
+                                   ("first", "made with degree=1, which stays", {"option": ["degree=2"]})):
         with pytest.raises(SystemExit):
             reduce(Path("teacher"), Path("out"), start=Path(start), run=place / "out-run", **({"budget": 50} | settings), **common)
         refused(capsys, words)

@@ -42,6 +42,8 @@ FIT_IMAGES = 2000
 REFRESH_EVERY = 10
 REPLACEMENTS = (IDENTITY, LINEAR, SQUARE)
 """What takes a ReLU's place, by degree."""
+SETTLED = ("degree", "c2", "granularity", "released", "damping", "scale_x2", "refresh")
+"""Options that a network to start from has settled."""
 INITS = {"low": (0.05, 0.1), "uniform": (0.0, 1.0)}
 """Where the indicators' uniform distribution starts, and how wide it is."""
 
