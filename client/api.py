@@ -66,6 +66,7 @@ AWAY_S = 600.0
 """How long material of a server is left alone after another one behind the same address has said that it does not hold it."""
 SPLIT_FROM = 8
 """Images from which a batch runs in several streams at once."""
+AnyPath = str | os.PathLike[str]
 log = logging.getLogger("relucent.client")
 
 
@@ -115,10 +116,14 @@ class PhaseCost:
     streams: int = 1
 
 
-def list_models(server: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None, key: Path | None = None,
-                insecure: bool = False, timeout_s: float = 20.0) -> list[ModelSummary]:
+def _path(given: AnyPath | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def list_models(server: str, *, ca: AnyPath | None = None, token: str | None = None, certificate: AnyPath | None = None,
+                key: AnyPath | None = None, insecure: bool = False, timeout_s: float = 20.0) -> list[ModelSummary]:
     """What a server offers, its default first. Arguments as for `Client`. Raises RelucentError's kin."""
-    with connect(server, Security(ca, certificate, key, token, insecure)) as channel:
+    with connect(server, Security(_path(ca), _path(certificate), _path(key), token, insecure)) as channel:
         try:
             listed = rpc.InferenceStub(channel).List(pb.ListRequest(protocol_version=PROTOCOL_VERSION), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -156,19 +161,19 @@ class Client:
     Not for several threads at once; make one client for each. Raises RelucentError's kin (`protocol.errors`).
     """
 
-    def __init__(self, server: str, dealer: str, *, ca: Path | None = None, token: str | None = None, certificate: Path | None = None,
-                 key: Path | None = None, insecure: bool = False, model: str = "", cache: Path | None = None,
-                 stock: Path | None = None, stock_key: Path | None = None, timeout_s: float = 300.0, timeline: bool = False,
-                 streams: int = 2) -> None:
+    def __init__(self, server: str, dealer: str, *, ca: AnyPath | None = None, token: str | None = None,
+                 certificate: AnyPath | None = None, key: AnyPath | None = None, insecure: bool = False, model: str = "",
+                 cache: AnyPath | None = None, stock: AnyPath | None = None, stock_key: AnyPath | None = None,
+                 timeout_s: float = 300.0, timeline: bool = False, streams: int = 2) -> None:
         if streams < 1:
             raise InputError(f"streams must be at least 1, got {streams}")
         self._timeout_s, self._model_name, self._timed, self._streams = timeout_s, model, timeline, streams
         # the dealer is shown neither token nor certificate: it needs no more than the proof for each material
-        self._channels = [connect(server, Security(ca, certificate, key, token, insecure)),
-                          connect(dealer, Security(ca, insecure=insecure))]
+        self._channels = [connect(server, Security(_path(ca), _path(certificate), _path(key), token, insecure)),
+                          connect(dealer, Security(_path(ca), insecure=insecure))]
         self._server, self._dealer = rpc.InferenceStub(self._channels[0]), rpc.DealingStub(self._channels[1])
-        self._cache = DeltaCache(cache or default_folder())
-        self._stock_folder, self._stock_key = stock, stock_key or default_stock_key()
+        self._cache = DeltaCache(_path(cache) or default_folder())
+        self._stock_folder, self._stock_key = _path(stock), _path(stock_key) or default_stock_key()
         self._stock: Stock = MemoryStock()
         self._refused: dict[bytes, float] = {}
         self._online, self._preparing = threading.Lock(), threading.Lock()
@@ -249,7 +254,7 @@ class Client:
 
     def _parts(self, batch: int) -> list[int]:
         """Images of each stream of a batch."""
-        streams = self._streams if batch >= SPLIT_FROM else 1
+        streams = min(self._streams, batch) if batch >= SPLIT_FROM else 1
         return [batch // streams + (i < batch % streams) for i in range(streams)]
 
     def preprocess(self, n: int = 1, batch: int = 1, progress: Callable[[int], None] = lambda _: None) -> None:
@@ -304,6 +309,8 @@ class Client:
         except BaseException:
             self._discard([(material_id, prepared.secret)])
             raise
+        if self._closed.is_set():  # meanwhile
+            self._discard(self._stock.close())
 
     def _prepare(self, batch: int) -> Prepared:
         try:

@@ -53,7 +53,7 @@ class Stock(Protocol):
         """How many of this batch size are ready."""
 
     def add(self, prepared: Prepared) -> None:
-        """Put one in. Raises StorageError."""
+        """Put one in; what has expired goes. Raises StorageError."""
 
     def take(self, plan: Plan, away: Collection[bytes] = ()) -> Prepared | None:
         """Take one out, for ever; None if none is ready. Raises StorageError."""
@@ -76,7 +76,12 @@ class MemoryStock:
 
     def add(self, prepared: Prepared) -> None:
         with self._lock:
+            now = self._clock()
+            expired = [p for ready in self._ready.values() for p in ready if p.expires <= now]
+            self._ready = {batch: deque(p for p in ready if p.expires > now) for batch, ready in self._ready.items()}
             self._ready.setdefault(prepared.material.plan.batch, deque()).append(prepared)
+        for gone in expired:
+            gone.material.destroy()
 
     def take(self, plan: Plan, away: Collection[bytes] = ()) -> Prepared | None:
         with self._lock:
@@ -165,9 +170,12 @@ class DiskStock:
         file_key = secrets.token_bytes(KEY_BYTES)
         sealed = seal(self._key, file_key + prepared.secret, material_id)
         with self._database() as database:
+            expired = database.execute("DELETE FROM prepared WHERE expires < ? RETURNING id", (self._clock(),)).fetchall()
             database.execute("INSERT INTO prepared VALUES (?, ?, ?, ?, 0, ?, ?)",
                              (material_id, self._registration, plan.batch, prepared.expires, sealed, prepared.holder.hex()))
         try:
+            for row in expired:  # their own files only: another process may just read one that it has taken
+                self._path(bytes(row[0])).unlink(missing_ok=True)
             write_sealed(self._path(material_id), file_key, material_id, client_parts(prepared.material.take()))
             with self._database() as database:
                 database.execute("UPDATE prepared SET ready = 1 WHERE id = ?", (material_id,))

@@ -34,7 +34,7 @@ def _compiled(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., 
         signature = types.void(*arguments)
         try:
             return njit(signature, cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no folder to keep it in can be written
+        except (RuntimeError, OSError):  # no folder to keep it in can be written, or no space is left there
             return njit(signature, nogil=True)(function)  # type: ignore[no-any-return]
 
     return compile_now

@@ -121,8 +121,9 @@ class HostedModel:
 
 
 def load_models(paths: list[Path]) -> list[Model]:
-    """The models of files and of the *.safetensors files of folders, in order. Raises InputError, ModelFileError."""
-    files = [file for path in paths for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+    """The models of files and of the *.safetensors files of folders, in order, each file once. Raises InputError, ModelFileError."""
+    found = [file for path in paths for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+    files = {file.resolve(): file for file in found}.values()
     if not files:
         raise InputError("no model to serve", "name compiled model files, or a folder that holds some")
     models = [load(file) for file in files]

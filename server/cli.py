@@ -128,6 +128,7 @@ def serve_models(
         def command(changes: dict[str, Any]) -> list[str]:
             path = Path(folder) / f"{changes['metrics'] or 'worker'}.json".replace(":", "-")
             values = settings.model_dump(mode="json") | changes
+            path.parent.mkdir(mode=0o700, exist_ok=True)  # cleaners of old temporary files may have removed it
             path.write_text(json.dumps(values))
             return [sys.executable, "-c", "import sys; from server.cli import run_worker; run_worker(sys.argv[1])", str(path)]
 

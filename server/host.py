@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
@@ -25,7 +25,7 @@ from protocol.errors import InputError, PeerError, RelucentError
 from protocol.model import Model
 from protocol.sealed import load_key
 from protocol.tls import seconds_left
-from protocol.transport import OPENING_S, OPTIONS, PromptCallers, Security, connect, listen
+from protocol.transport import OPENING_S, OPTIONS, PromptCallers, Security, connect, listen, time_limit
 from server.catalogue import Catalogue, load_models
 from server.config import DealerSettings, ServerSettings, Settings
 from server.dealer import DealerService
@@ -55,6 +55,15 @@ class Health(health.HealthServicer):  # type: ignore[misc]
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask with Check")
 
 
+class Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
+    """gRPC's own; its calls, which know no caller, end soon."""
+
+    def ServerReflectionInfo(self, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Answers about the schema, for `OPENING_S` seconds."""
+        with time_limit(context, OPENING_S):
+            yield from super().ServerReflectionInfo(request_iterator, context)
+
+
 class Running:
     """A service with health, metrics, reflection if wanted, and a drain on SIGTERM.
 
@@ -80,7 +89,8 @@ class Running:
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:
-            reflection.enable_server_reflection((self._service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            names = (self._service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), server)
         self._servers.append(server)
         return listen(server, address, security, verify_peers)
 
@@ -210,20 +220,28 @@ class Workers:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         signal.signal(signal.SIGHUP, lambda *_: self._send(signal.SIGHUP))
-        self._processes = [self._start(i) for i in range(self._count)]
-        for process in self._processes:
-            assert process.stdout is not None
-            if not process.stdout.readline().startswith(b"serving"):
-                self._finish(grace_s)
-                raise PeerError("a worker process did not start", "its message is above")
-        print(ready, flush=True)
-        while not self._stop.wait(RESTART_S):
-            for i, process in enumerate(self._processes):
-                if process.poll() is not None:
-                    log.error("worker %d ended with code %d; starting it again", i, process.returncode)
-                    self._processes[i] = self._start(i)
-        print("stopping", flush=True)
-        self._finish(grace_s)
+        try:
+            for i in range(self._count):
+                self._processes.append(self._start(i))
+            for process in self._processes:
+                assert process.stdout is not None
+                if not process.stdout.readline().startswith(b"serving"):
+                    raise PeerError("a worker process did not start", "its message is above")
+            print(ready, flush=True)
+            while not self._stop.wait(RESTART_S):
+                for i, process in enumerate(self._processes):
+                    if process.poll() is not None:
+                        self._start_again(i, process.returncode)
+            print("stopping", flush=True)
+        finally:
+            self._finish(grace_s)
+
+    def _start_again(self, number: int, code: int) -> None:
+        log.error("worker %d ended with code %d; starting it again", number, code)
+        try:
+            self._processes[number] = self._start(number)
+        except OSError as error:  # no memory, no disk: the others go on, and soon it is tried again
+            log.error("worker %d does not start: %s", number, error.strerror)
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which it inherits, until it serves

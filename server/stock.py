@@ -62,16 +62,26 @@ class Stock:
         size = plan.server_material_bytes
         self.sweep()
         with self._lock:
-            for used, limit, whose in ((self._state.material_bytes(), self._limit, "the server's stock"),
-                                       (self._state.material_bytes(identity), self._client_limit, "this client's stock")):
-                if used + size > limit:
-                    free = max(limit - used, 0)
-                    raise ResourceLimit(f"no room for this material: it needs {size / 1e6:,.1f} MB, {whose} has {free / 1e6:,.1f} MB left",
-                                        "use up or discard material, or try again later")
+            self._check_room(size, identity)
             material_id = secrets.token_bytes(ID_BYTES)
-            self._keys[material_id] = self._state.add_material(
+            key = self._state.add_material(
                 material_id, identity, client_id, plan.model.model_id, plan.batch, size, self._state.clock() + PREPARING_S)
+            try:
+                self._check_room(size, identity, size)  # again: other processes may have reserved meanwhile
+            except ResourceLimit:
+                self._state.drop_material(material_id)
+                raise
+            self._keys[material_id] = key
         return material_id
+
+    def _check_room(self, size: int, identity: str, own: int = 0) -> None:
+        """Raise ResourceLimit unless `size` bytes fit beside all others. own: how many of the bytes in use are these."""
+        for used, limit, whose in ((self._state.material_bytes(), self._limit, "the server's stock"),
+                                   (self._state.material_bytes(identity), self._client_limit, "this client's stock")):
+            free = max(limit - (used - own), 0)
+            if size > free:
+                raise ResourceLimit(f"no room for this material: it needs {size / 1e6:,.1f} MB, {whose} has {free / 1e6:,.1f} MB left",
+                                    "use up or discard material, or try again later")
 
     def store(self, material_id: bytes, plan: Plan, contents: ServerContents) -> None:
         """Fill a reservation; durable when this returns, if there is a folder. Raises MaterialError, StorageError."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +17,7 @@ from protocol import kernels, ring
 from protocol.online import _array
 from protocol.ring import Party
 
+ROOT = Path(__file__).resolve().parent.parent
 EDGES = torch.tensor([-(2**63), -(2**63) + 1, -1, 0, 1, 2**63 - 1])
 
 
@@ -21,6 +27,19 @@ def elements(shape: tuple[int, ...], seed: int) -> Tensor:
     flat = values.view(-1)
     flat[: len(EDGES)] = EDGES[: len(flat)]
     return values
+
+
+def test_a_full_disk_costs_the_cache_only(tmp_path: Path) -> None:
+    """Where files can be made but not written the loops are compiled all the same."""
+    resource = pytest.importorskip("resource")
+    code = ("import os, numpy as np\nfrom numba import types\nfrom protocol.kernels import _compiled\n"
+            "@_compiled(types.Array(types.int64, 1, 'C'))\ndef first(x):\n    x[0] = 7\n"
+            "x = np.zeros(1, np.int64)\nfirst(x)\nprint(x[0], len(os.listdir(os.environ['NUMBA_CACHE_DIR'])))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False,
+                          env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("7 ")
 
 
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(0, 40), st.booleans(), st.booleans(), st.integers(0, 100))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,11 +11,14 @@ import resource
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -44,6 +48,7 @@ from protocol.sealed import load_key, read_sealed, seal, unseal, write_sealed
 from protocol.storage import client_parts, read_client, read_server, server_parts
 from protocol.tls import Identity, load_key_pair, parse_identity
 from protocol.transport import Security, connect, listen
+from server.catalogue import load_models
 from server.certificates import Authority, holder
 from server.config import DealerSettings, ServerSettings, read_settings
 from server.sessions import Sessions
@@ -66,7 +71,8 @@ def test_tls_tokens_and_certificates_end_to_end(site: Site, mixed_model: Model) 
     for app in ("server", "dealer"):
         mistake(program(app, "init", site.folder), 2, "exists", "--renew")
     pair = {"certificate": site.folder / "bob.pem", "key": site.folder / "bob-key.pem"}
-    certified = Client(site.addresses["certified"], site.addresses["dealer"], ca=site.ca, cache=site.folder / "cache", **pair)  # type: ignore[arg-type]
+    certified = Client(site.addresses["certified"], site.addresses["dealer"], ca=str(site.ca), cache=str(site.folder / "cache"),
+                       certificate=str(pair["certificate"]), key=str(pair["key"]))
     with certified:
         agrees(certified, mixed_model)
     # nobody else: no token, a wrong one, an expired one, no certificate, another authority's, plaintext
@@ -85,7 +91,7 @@ def test_tls_tokens_and_certificates_end_to_end(site: Site, mixed_model: Model) 
     with pytest.raises(PeerError):
         list_models(site.addresses["certified"], ca=site.ca, certificate=other / "bob.pem", key=other / "bob-key.pem", timeout_s=5)
     with pytest.raises(PeerError, match="no secure connection"):
-        list_models(site.addresses["server"], ca=other / "ca.pem", token=token, timeout_s=5)
+        list_models(site.addresses["server"], ca=str(other / "ca.pem"), token=token, timeout_s=5)
     with pytest.raises(PeerError):
         list_models(site.addresses["server"], insecure=True, timeout_s=5)
     # revocation counts at once, and destroys what was prepared
@@ -132,7 +138,6 @@ def test_links_speak_tls_1_3_only(site: Site) -> None:
 def test_clients_refuse_older_tls(first: str, tmp_path: Path) -> None:
     """Whichever of our modules is imported first, in a process of its own."""
     import socket
-    import sys
 
     certificate, key = Authority(tmp_path).issue(Identity("server", "alpha"), ["localhost"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -185,8 +190,6 @@ def test_a_hangup_before_it_serves_ends_nothing(app: str, relu_model: Model, tmp
 
 
 def test_a_hangup_leaves_a_worker_that_starts() -> None:
-    import sys
-
     from server.host import Workers
 
     before = signal.getsignal(signal.SIGHUP)
@@ -194,6 +197,52 @@ def test_a_hangup_leaves_a_worker_that_starts() -> None:
     assert signal.getsignal(signal.SIGHUP) is before
     worker.send_signal(signal.SIGHUP)
     assert worker.communicate(timeout=30)[0] == b"serving\n" and worker.returncode == 0
+
+
+def test_workers_outlive_one_that_cannot_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    """Without memory or disk for it the others go on, and all are stopped in the end."""
+    import server.host as module
+
+    full = tmp_path / "full"
+
+    def command(number: int) -> list[str]:
+        if full.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return [sys.executable, "-c", "import time; print('serving', flush=True); time.sleep(60)"]
+
+    monkeypatch.setattr(module, "RESTART_S", 0.05)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    workers = module.Workers(2, command)
+    failures: list[BaseException] = []
+    serving = threading.Event()
+    monkeypatch.setattr(module, "print", lambda *_, **__: serving.set(), raising=False)
+
+    def play() -> None:
+        try:
+            assert serving.wait(30)
+            full.touch()
+            first, second = workers._processes
+            first.kill()
+            wait_for(lambda: "worker 0 does not start: No space left" in caplog.text)
+            assert second.poll() is None
+            full.unlink()
+            wait_for(lambda: workers._processes[0] is not first)
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            workers._stop.set()
+
+    player = threading.Thread(target=play)
+    player.start()
+    try:
+        workers.run("ready", 1.0)
+    finally:
+        player.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not failures
+    assert [process.returncode for process in workers._processes] == [-signal.SIGTERM] * 2
 
 
 def test_certificates(tmp_path: Path) -> None:
@@ -867,6 +916,25 @@ def test_one_client_cannot_fill_the_stock(serve: Serve, relu_model: Model) -> No
             client.preprocess(1)
 
 
+def test_quotas_bound_all_processes_together(tmp_path: Path, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that see room at the same moment do not both take it."""
+    plan = make_plan(relu_model.public, 1)
+    state = State(f"sqlite:///{tmp_path / 'state.db'}", os.urandom(32))
+    one, other = (Stock(state, limit_bytes=int(1.5 * plan.server_material_bytes)) for _ in range(2))
+    add = State.add_material
+
+    def meanwhile(*arguments: Any) -> bytes:
+        monkeypatch.setattr(State, "add_material", add)
+        other.reserve(plan, b"c" * 32, "somebody")
+        return add(*arguments)
+
+    monkeypatch.setattr(State, "add_material", meanwhile)
+    with pytest.raises(ResourceLimit, match="the server's stock has"):
+        one.reserve(plan, b"c" * 32, "somebody")
+    assert one.bytes_used() == plan.server_material_bytes
+    state.close()
+
+
 def test_idle_sessions_end(serve: Serve, relu_model: Model) -> None:
     services = serve(relu_model, idle_s=0.5)
     with services.client() as client:
@@ -910,20 +978,21 @@ def test_silent_callers_hold_no_call(serve: Serve, relu_model: Model, monkeypatc
 
     monkeypatch.setattr(module, "OPENING_S", 1.0)
     services = serve(relu_model)
-    running = module.Running(DealerSettings(insecure=True), "relucent.v1.Inference", lambda s: (
+    running = module.Running(DealerSettings(insecure=True, reflection=True), "relucent.v1.Inference", lambda s: (
         rpc.add_InferenceServicer_to_server(services.service, s), rpc.add_DealingServicer_to_server(services.dealer, s)))
     address = running.listen("127.0.0.1:0", Security(insecure=True))
     (server,) = running._servers
     server.start()
     parts = [*pb.DESCRIPTOR.services_by_name.values(), health_pb2.DESCRIPTOR.services_by_name["Health"]]
     methods = [f"/{part.full_name}/{method.name}" for part in parts for method in part.methods]
+    methods.append("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
     hold = threading.Event()
     try:
         with connect(address, Security(insecure=True)) as channel:
             started = time.monotonic()
             silent = [channel.stream_stream(method)(iter(hold.wait, True), timeout=30) for method in methods
                       if not method.endswith(("/Preprocess", "/Infer", "/Register"))]
-            assert len(silent) >= 8
+            assert len(silent) >= 9
             for call in silent:
                 with pytest.raises(grpc.RpcError):
                     list(call)
@@ -944,8 +1013,6 @@ def test_silent_callers_hold_no_call(serve: Serve, relu_model: Model, monkeypatc
 
 
 def test_several_models_and_reload(serve: Serve, relu_model: Model, mixed_model: Model) -> None:
-    from dataclasses import replace
-
     second = Model(replace(relu_model.public, name="second"), relu_model.private)
     services = serve(mixed_model, second)
     assert [m.name for m in list_models(services.server_address, insecure=True)] == ["tiny", "second"]
@@ -959,6 +1026,17 @@ def test_several_models_and_reload(serve: Serve, relu_model: Model, mixed_model:
     agrees(client, mixed_model)
     with pytest.raises(ModelMismatch):
         other.predict(PIXELS[:1])
+
+
+def test_a_file_named_twice_is_one_model(tmp_path: Path, relu_model: Model, mixed_model: Model) -> None:
+    """A file to be the default, and the folder that it lies in."""
+    first, second = tmp_path / "b.safetensors", tmp_path / "a.safetensors"
+    save(mixed_model, first)
+    save(Model(replace(relu_model.public, name="second"), relu_model.private), second)
+    assert [m.public.name for m in load_models([tmp_path / ".." / tmp_path.name / "b.safetensors", tmp_path])] == ["tiny", "second"]
+    (tmp_path / "c.safetensors").write_bytes(first.read_bytes())
+    with pytest.raises(InputError, match="two models are named 'tiny'"):
+        load_models([tmp_path])
 
 
 def test_broken_download_goes_on(serve: Serve, relu_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

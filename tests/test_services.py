@@ -159,7 +159,7 @@ def test_nobody_tells_where_the_time_goes_unless_allowed_and_asked(serve: Serve,
                 assert cost is not None and not cost.server_timeline and not cost.dealer_timeline and bool(cost.timeline) is asked
 
 
-@pytest.mark.parametrize(("streams", "count", "parts"), [(2, 9, [5, 4]), (3, 8, [3, 3, 2]), (2, 7, [7]), (1, 9, [9])])
+@pytest.mark.parametrize(("streams", "count", "parts"), [(2, 9, [5, 4]), (3, 8, [3, 3, 2]), (2, 7, [7]), (1, 9, [9]), (10, 8, [1] * 8)])
 def test_large_batches_run_in_streams(streams: int, count: int, parts: list[int], serve: Serve, mixed_model: Model) -> None:
     services = serve(mixed_model)
     pixels = PIXELS.repeat(3, 1, 1, 1)[:count]

@@ -17,7 +17,7 @@ import pytest
 
 from client import Client
 from client.stock import DiskStock, MemoryStock, Prepared, Stock
-from protocol.errors import InputError, PeerError, StorageError
+from protocol.errors import InputError, MaterialError, PeerError, StorageError
 from protocol.inference import preprocess
 from protocol.model import Model
 from protocol.plan import Plan, make_plan
@@ -29,7 +29,7 @@ from tests.test_programs import image, program
 
 def open_client(services: Services, folder: Path, **options: object) -> Client:
     return Client(services.server_address, services.dealer_address, insecure=True, cache=services.cache, timeout_s=30,
-                  stock=folder / "stock", stock_key=folder / "stock.key", **options)  # type: ignore[arg-type]
+                  stock=str(folder / "stock"), stock_key=folder / "stock.key", **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -68,6 +68,27 @@ def test_in_and_out(stock: Stock, material: Callable[..., Prepared], plan: Plan)
     assert stock.take(plan) is None
     assert "secret" in repr(made[0])
     assert made[0].secret.hex() not in repr(made[0])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_expires_goes(on_disk: bool, tmp_path: Path, material: Callable[..., Prepared], plan: Plan) -> None:
+    """Of a client that stays up and keeps ahead, as the clock goes on."""
+    now = [0.0]
+    stock = DiskStock(tmp_path, tmp_path / "key", b"here", lambda: now[0]) if on_disk else MemoryStock(lambda: now[0])
+    old: list[Prepared] = []
+    for hour in range(3):
+        now[0] = 3600.0 * hour
+        assert stock.count(1) == 0
+        for _ in range(2):
+            old.append(material(expires=now[0] + 1800))
+            stock.add(old[-1])
+        held = len([*tmp_path.glob("*.material")]) if isinstance(stock, DiskStock) else sum(map(len, stock._ready.values()))
+        assert held == stock.count(1) == 2
+    if not on_disk:
+        for gone in old[:4]:
+            with pytest.raises(MaterialError):
+                gone.material.take()
+    assert stock.take(plan) is not None
 
 
 def test_threads_never_share_material(stock: Stock, material: Callable[[], Prepared], plan: Plan) -> None:
@@ -314,6 +335,19 @@ def test_refilling_comes_back_after_a_fault(serve: Serve, mixed_model: Model, mo
             lambda s: rpc.add_DealingServicer_to_server(DealerService(plaintext=True), s), services.dealer_address)
         wait_for(lambda: client.prepared() == 1)
         agrees(client, mixed_model)
+
+
+def test_what_is_ready_only_when_a_client_has_closed_is_given_back(serve: Serve, mixed_model: Model) -> None:
+    services = serve(mixed_model)
+    with services.client() as client:
+        client.preprocess(1)
+        prepared = client._prepare(1)
+        client._stock.close()
+        client._closed.set()
+        client._put(prepared)
+        assert services.materials() == 1  # the one of which the closed stock's list was made
+        client._closed.clear()
+        assert client.prepared() == 0
 
 
 def test_closing_does_not_wait_for_a_hanging_peer(serve: Serve, mixed_model: Model) -> None:
