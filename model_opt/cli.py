@@ -124,6 +124,19 @@ def _start(path: Path, method: str, options: dict[str, Any], teacher: Path,
     return model, before, {**begun, **options}
 
 
+def _teachers(paths: Sequence[Path], dataset: datasets.Dataset, shape: tuple[int, ...], infos: list[files.NetworkInfo]) -> list[nn.Module]:
+    """The networks to distil from; their facts are added to `infos`, whose first says how images are normalised."""
+    networks = []
+    for path in paths:
+        network, info = files.load_network(path)
+        files.check_fits(dataset, shape, info, path)
+        if infos and (info.mean, info.std) != (infos[0].mean, infos[0].std):
+            raise InputError(f"{path} normalises images differently than the first network", "distil from networks of the same lineage")
+        infos.append(info)
+        networks.append(network)
+    return networks
+
+
 def _fitting(dataset: datasets.Dataset, infos: Sequence[files.NetworkInfo], path: Path) -> tuple[data.Split, data.Split]:
     """Training images as the network at `path`, the first one, expects them; the validation images that none of these lineages took in."""
     info = infos[0]
@@ -173,11 +186,12 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
 
 
 def _sources(teacher: nn.Module, infos: Sequence[files.NetworkInfo], dataset: datasets.Dataset, splits: tuple[data.Split, data.Split],
-             start: nn.Module | None = None) -> dict[str, Any]:
-    """What a network is reduced from. infos: of the teacher and of the network to start from."""
+             start: nn.Module | None = None, mentors: Sequence[nn.Module] = ()) -> dict[str, Any]:
+    """What a network is reduced from. infos: of the teacher, of the network to start from and of those that teach besides."""
     taken = taken_in(infos)
     return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits],
-            **({"start": digest(start)} if start is not None else {}), **({"fold_in": taken} if taken else {})}
+            **({"start": digest(start)} if start is not None else {}),
+            **({"mentors": [digest(model) for model in mentors]} if mentors else {}), **({"fold_in": taken} if taken else {})}
 
 
 def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe, distil: bool, sources: dict[str, Any]) -> dict[str, Any]:
@@ -188,12 +202,13 @@ def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe,
 
 def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo,
                 splits: tuple[data.Split, data.Split], recipe: Recipe, *folders: Path,
-                start: nn.Module | None = None) -> tuple[methods.Reduced, dict[str, Any]]:
+                start: nn.Module | None = None, teachers: Sequence[nn.Module] = ()) -> tuple[methods.Reduced, dict[str, Any]]:
     """The reduced network and the facts of the run. folders: of the run, and perhaps another of what other budgets share with it."""
     total = methods.count_all(teacher, info.input_shape)
     torch.manual_seed(recipe.seed)
     result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folders[0],
-                            shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), start=start, **options)
+                            shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), start=start,
+                            teachers=teachers, **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
                "validation_accuracy": result.validation_accuracy, "validation_images": len(splits[1]),
                "minutes": minutes_spent(*folders), "epochs_spent": epochs_spent(*folders),
@@ -278,15 +293,7 @@ def train(
             raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
                      start_size=start_size, shift=shift, cutout=cutout, seed=seed)
-    mentors: list[nn.Module] = []
-    for path in teacher or []:
-        mentor, info = files.load_network(path)
-        files.check_fits(source, training.shape, info, path)
-        if infos and (info.mean, info.std) != (infos[0].mean, infos[0].std):
-            raise InputError(f"{path} normalises images differently than {start or 'the other teacher'}",
-                             "distil from networks of the same lineage")
-        infos.append(info)
-        mentors.append(mentor)
+    mentors = _teachers(teacher or [], source, training.shape, infos)
     if infos:
         training, validation = (replace(split, mean=infos[0].mean, std=infos[0].std) for split in (training, validation))
     taken = max(fold_in, taken_in(infos))
@@ -351,7 +358,8 @@ def average_networks(
 @app.command()
 @exit_on_error(PROGRAM, *ERRORS)
 def reduce(
-    teacher: Annotated[Path, typer.Option(help="All-ReLU network, from `train`.")],
+    teacher: Annotated[list[Path], typer.Option(
+        help="All-ReLU network, from `train`. Several: the first is reduced, the others, of any kind, teach too (mean of logits).")],
     out: Annotated[Path, typer.Option(help="Where to write the network.")],
     start: Annotated[Path | None, typer.Option(
         "--from", help="Network that autorep made, of the teacher's architecture, to start from: another budget in fewer epochs.")] = None,
@@ -378,7 +386,8 @@ def reduce(
     download: Download = False,
 ) -> None:
     """Reduce a network's ReLUs to at most BUDGET, or until it meets a latency on a link or a number of online bytes."""
-    parent, info = _teacher(teacher)
+    path, *further = teacher
+    parent, info = _teacher(path)
     _check_writable(out)
     goal = {"target_ms": target_ms, "target_bytes": target_bytes, "link": link}
     for name in ("target_ms", "target_bytes"):
@@ -394,24 +403,26 @@ def reduce(
     options = _parse_options(method, option or [])
     infos, begin = [info], None
     if start is not None:
-        begin, before, options = _start(start, method, options, teacher, info)
+        begin, before, options = _start(start, method, options, path, info)
         infos.append(before)
     total = methods.count_all(parent, info.input_shape)
     budget = total if budget is None else budget
     methods.check_budget(budget, total)
     source = _open(folder, dataset, image_size, download)
-    splits = _fitting(source, infos, teacher)
+    mentors = _teachers(further, source, info.input_shape, infos)
+    splits = _fitting(source, infos, path)
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
-    settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin))
-    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin)
+    settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin, mentors))
+    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin,
+                                  teachers=mentors)
     if world()[0] > 0:
         return
     if begin is not None:
-        made_by["from"] = infos[-1].made_by
-    for variant, path, facts in _variants(result, made_by, out):
-        _write(path, files.serialise_network(variant.model, _reduced_info(info, variant, facts)))
+        made_by["from"] = before.made_by
+    for variant, target, facts in _variants(result, made_by, out):
+        _write(target, files.serialise_network(variant.model, _reduced_info(info, variant, facts)))
         kept = _named(f"{variant.relus:,} of {total:,} ReLUs", variant)
-        print(f"wrote {path}: {kept}, validation accuracy {variant.validation_accuracy:.2%}")
+        print(f"wrote {target}: {kept}, validation accuracy {variant.validation_accuracy:.2%}")
 
 
 @app.command()

@@ -25,7 +25,7 @@ from model_opt.networks import build
 from model_opt.published import CIFAR10
 from model_opt.runs import table_row, taken_in
 from model_opt.show import draw_pareto
-from model_opt.training import TrainingError, average
+from model_opt.training import TrainingError, average, digest
 from protocol.model import save
 from tests.samples import MEAN, STD, network_info
 from tests.test_data import folders
@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> None:
 
 def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def again() -> None:
-        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+        reduce([Path("teacher")], Path("out"), budget=200, lr=0.01, **SHORT)
         train(Path("trained"), start=Path("teacher"), teacher=[Path("teacher")], lr=0.01, **SHORT)
 
     again()
@@ -69,7 +69,7 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
     assert {"schedule", "ema", "dataset", "teacher", "data", "torch", "options"} <= set(made_by)
     write_teacher(Path("teacher"), seed=1)
     with pytest.raises(SystemExit):
-        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+        reduce([Path("teacher")], Path("out"), budget=200, lr=0.01, **SHORT)
     refused(capsys, "other settings (teacher)")
     with pytest.raises(SystemExit):
         train(Path("trained"), start=Path("teacher"), teacher=[Path("teacher")], lr=0.01, **SHORT)
@@ -77,7 +77,7 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
     write_teacher(Path("teacher"))
     (place / "data" / "train" / "cat" / "0.png").unlink()
     with pytest.raises(SystemExit):
-        reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, **SHORT)
+        reduce([Path("teacher")], Path("out"), budget=200, lr=0.01, **SHORT)
     refused(capsys, "other settings (data)")
 
 
@@ -85,7 +85,7 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
     """Whatever is made of a network that took in validation images is measured on the others."""
     (kept,) = open_dataset(Path("data")).load_train()[1:]
     train(Path("parent"), start=Path("teacher"), fold_in=1, **SHORT)
-    reduce(Path("parent"), Path("child"), budget=200, lr=0.01, **SHORT)
+    reduce([Path("parent")], Path("child"), budget=200, lr=0.01, **SHORT)
     train(Path("pupil"), start=Path("teacher"), teacher=[Path("parent")], **SHORT)
     train(Path("heir"), start=Path("child"), **SHORT)
     for name in ("parent", "child", "pupil", "heir"):
@@ -104,11 +104,11 @@ def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.C
     """To smaller and larger budgets, in the teacher's place; the row has the last reduction and adds all up."""
     (kept,) = open_dataset(Path("data")).load_train()[1:]
     common: dict[str, Any] = {**SHORT, "lr": 0.01}
-    reduce(Path("teacher"), Path("first"), budget=500, option=["degree=1", "freeze=0.5"], **common)
+    reduce([Path("teacher")], Path("first"), budget=500, option=["degree=1", "freeze=0.5"], **common)
     train(Path("second"), start=Path("first"), fold_in=1, **SHORT)
     begun = load_network(Path("second"))[0]
     for name, start, budget in (("less", "second", 100), ("more", "less", 1000), ("none", "more", 0)):
-        reduce(Path("teacher"), Path(name), start=Path(start), budget=budget, option=["freeze=0.9"] if name == "less" else None, **common)
+        reduce([Path("teacher")], Path(name), start=Path(start), budget=budget, option=["freeze=0.9"] if name == "less" else None, **common)
         model, info = load_network(Path(name))
         row = table_row(info, name)
         assert count_relus(model) == row["relus"] == budget == row["budget"]
@@ -125,13 +125,39 @@ def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.C
                                    ("first", "a cost run cannot start", {"target_bytes": 10**6}),
                                    ("first", "made with degree=1, which stays", {"option": ["degree=2"]})):
         with pytest.raises(SystemExit):
-            reduce(Path("teacher"), Path("out"), start=Path(start), run=place / "out-run", **({"budget": 50} | settings), **common)
+            reduce([Path("teacher")], Path("out"), start=Path(start), run=place / "out-run", **({"budget": 50} | settings), **common)
         refused(capsys, words)
     info = network_info(classes=("cat", "dog"), input_shape=(3, 16, 16), width=8)
     Path("wide").write_bytes(serialise_network(build("resnet18", 8, 2), info))
     with pytest.raises(SystemExit):
-        reduce(Path("wide"), Path("out"), start=Path("first"), budget=50, **common)
+        reduce([Path("wide")], Path("out"), start=Path("first"), budget=50, **common)
     refused(capsys, "another architecture", "its lineage")
+
+
+def test_several_networks_teach_a_reduction(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others may be reduced; no image that one of them took in is left to validate with."""
+    (kept,) = open_dataset(Path("data")).load_train()[1:]
+    common: dict[str, Any] = {**SHORT, "lr": 0.01, "budget": 200}
+    reduce([Path("teacher")], Path("alone"), **common)
+    train(Path("other"), start=Path("alone"), fold_in=1, **SHORT)
+    reduce([Path("teacher"), Path("other")], Path("out"), **common)
+    info = load_network(Path("out"))[1]
+    assert info.made_by["mentors"] == [digest(load_network(Path("other"))[0])] and info.made_by["fold_in"] == 1
+    assert info.made_by["validation_images"] == len(kept) - 1 and table_row(info, "out")["settings"]["mentors"]
+    states = [load_network(Path(name))[0].state_dict() for name in ("alone", "out")]
+    assert not torch.equal(*(state["blocks.0.conv1.weight"] for state in states))
+    with pytest.raises(SystemExit):
+        reduce([Path("teacher")], Path("out"), **common)  # the same run without the other
+    refused(capsys, "other settings")
+    for settings in ({"method": "senet"}, {"distil": False}):
+        with pytest.raises(SystemExit):
+            reduce([Path("teacher"), Path("other")], Path("out"), run=place / "out-run", **(common | settings))
+        refused(capsys, "further teachers do not go with")
+    info = network_info(classes=("cat", "dog", "cow"), input_shape=(3, 16, 16), width=8)
+    Path("wide").write_bytes(serialise_network(build("resnet18", 8, 3), info))
+    with pytest.raises(SystemExit):
+        reduce([Path("teacher"), Path("wide")], Path("out"), **common)
+    refused(capsys, "3 classes")
 
 
 def test_pareto_searches_once_for_all_budgets(place: Path) -> None:
@@ -171,7 +197,7 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
 
 def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The row of the network adds both trainings up, and keeps the settings of each."""
-    reduce(Path("teacher"), Path("out"), budget=200, lr=0.01, option=["freeze=0.5"], **SHORT)
+    reduce([Path("teacher")], Path("out"), budget=200, lr=0.01, option=["freeze=0.5"], **SHORT)
     train(Path("better"), start=Path("out"), teacher=[Path("teacher"), Path("out")], lr=0.02, fold_in=1, epochs=2, batch=6)
     before, after = (load_network(Path(name))[1] for name in ("out", "better"))
     (kept,) = open_dataset(Path("data")).load_train()[1:]
@@ -209,7 +235,7 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
         average_networks([Path(name) for name in order], Path("again"))
         again = table_row(load_network(Path("again"))[1], "again")
         assert (again["epochs"], again["minutes"], again["later"][-1]["fold_in"]) == (row["epochs"], row["minutes"], 1), order
-    reduce(Path("teacher"), Path("other"), budget=100, lr=0.01, **SHORT)
+    reduce([Path("teacher")], Path("other"), budget=100, lr=0.01, **SHORT)
     for networks, held_out, message in ((["out"], 0, "name two or more"), (["out", "teacher"], 0, "different trainings"),
                                         (["out", "other"], 0, "different trainings"),
                                         (["out", "better"], len(kept), "no training took in")):

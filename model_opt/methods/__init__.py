@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ def make_options(method: str, values: dict[str, Any]) -> Any:
 
 def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Dataset | tuple[Split, Split], recipe: Recipe | None = None,
            folder: Path = Path("runs/reduce"), shared: Path | None = None, distil: bool = True,
-           rebuild: Callable[[float, int], nn.Module] | None = None, start: nn.Module | None = None, **options: Any) -> Reduced:
+           rebuild: Callable[[float, int], nn.Module] | None = None, start: nn.Module | None = None,
+           teachers: Sequence[nn.Module] = (), **options: Any) -> Reduced:
     """Reduce the ReLUs of a trained network to a budget.
 
     Args:
@@ -54,6 +55,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
             the same one do not repeat them. Default: `folder`.
         rebuild: makes an untrained network of the same family from a width factor and a stem stride, for methods that reshape.
         start: network that AutoReP made of the same model with the same options, at a larger or smaller budget, to start from.
+        teachers: further networks to distil from, of the same images and classes: from the mean of all logits. Not for SENet, which
+            compares activations with the model's.
 
     Raises BudgetError, CompileError, DataError, TrainingError, ValueError.
     """
@@ -64,6 +67,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         raise BudgetError("the network is reduced already; pass the all-ReLU network")
     if start is not None and (method != "autorep" or not fits(start, model, train.shape)):
         raise BudgetError("to start from a reduced network, pass one that autorep made of the same model, and method autorep")
+    if teachers and (method == "senet" or not distil):
+        raise BudgetError("further teachers do not go with " + ("method senet" if distil else "no distillation"))
     outputs = compiler.check(model, train.shape)
     check_budget(budget, count_all(model, train.shape))
     classes = len(data.classes) if isinstance(data, Dataset) else 1 + int(max(train.labels.max(), validation.labels.max()))
@@ -71,7 +76,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
                           "pass the data that it was trained on")
     task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild,
-                shared, start)
+                shared, start, teachers)
     return METHODS[method][1](task, chosen)
 
 
