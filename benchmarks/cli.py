@@ -278,11 +278,11 @@ def methods(
 def report(
     results: Annotated[Path, typer.Option(help="Folder of stored results.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Folder for report.html and the plots.")] = RESULTS / "report",
-    readme: Annotated[Path | None, typer.Option(help="Also put the tables between the marks of this file.")] = None,
-    guide: Annotated[Path | None, typer.Option(help="Also put the table of many clients between the marks of this file.")] = None,
+    fill: Annotated[list[Path] | None, typer.Option(
+        exists=True, dir_okay=False, help="Also put tables into this document, each between the marks that name it; repeatable.")] = None,
 ) -> None:
-    """Turn stored results into one HTML page, PNG plots, and tables in the README and the operator's guide."""
-    for path in make_report(results, out, readme, guide):
+    """Turn stored results into one HTML page, PNG plots, and tables in documents."""
+    for path in make_report(results, out, fill or []):
         print(f"wrote {path}")
 
 

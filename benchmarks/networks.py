@@ -1,4 +1,4 @@
-"""Networks with random weights, for timing: latency and traffic depend on shapes and ReLU counts alone."""
+"""Networks with random weights, for timing: online latency and traffic depend on shapes and ReLU counts alone."""
 
 from __future__ import annotations
 

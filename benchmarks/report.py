@@ -1,4 +1,4 @@
-"""From stored JSON to one self-contained HTML page, PNG plots, and the README's table."""
+"""From stored JSON to one self-contained HTML page, PNG plots, and the tables in the documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import base64
 import csv
 import html
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,13 @@ PREPROCESSING_PARTS = {"setup": PARTS["setup"], "linear": PARTS["linear"], "rand
                        "store": ("into the stock", "#444444"), "wait": ("waiting for the others", "#d9d9d9"),
                        "outside": ("before and after its own call", "#f5f5f5")}
 LINK_COLOURS = {"loopback": "#2e86ab", "lan": "#8fb996", "wan": "#d1495b", "mobile": "#f2b134"}
-README_MARKS = ("<!-- figures: made by `relucent-bench report` -->", "<!-- end of figures -->")
-GUIDE_MARKS = ("<!-- load: made by relucent-bench report -->", "<!-- end of load -->")
+MARKS = "<!-- table: {} -->", "<!-- end of table -->"
+"""Between them `report --fill` puts the table of that name."""
 REACHED = (0.8, 0.85, 0.9, 0.92, 0.93)
 COVERED = 0.95
 """Rows whose timelines sum to less of the wall time are named."""
 FORETOLD = 0.1
 """Latencies on a link that lie farther from the foretold one, as a share of it, are named."""
-PAGE_ONLY = ("Every point", "Physical limits")
-"""Tables that are too long for the README."""
 CAPTIONS = {"growth": "Medians of the runs that the table names; bars from the smallest to the largest run.",
             "time": "The server's online timeline, its waiting split into the client's work and the ways there and back; and, where it "
                     "was recorded, all three parties' preprocessing.",
@@ -218,7 +218,7 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against online latency where both are known, a panel for each network that others were made of."""
-    origins = [_origin(row, rows) for row in rows]
+    origins = [_named(_origin(row, rows)) for row in rows]
     networks = list(dict.fromkeys(origins))
     figure, panels = plt.subplots(len(networks), 1, figsize=(11, 4.2 * len(networks)), layout="constrained", squeeze=False)
     for axis, network in zip(panels[:, 0], networks):
@@ -242,7 +242,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 def plot_methods(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against ReLUs, a line for each method on each network, and published results."""
-    named = [row | {"series": f"{row.get('series', row['label'])}, {_origin(row, rows)}"} for row in rows]
+    named = [row | {"series": f"{row.get('series', row['label'])}, {_named(_origin(row, rows))}"} for row in rows]
     draw_pareto(named, path, "Ours, and published results of larger networks", True)
 
 
@@ -261,11 +261,10 @@ def _named(row: Row) -> str:
     return str(row["network"]) + (f" w{row['width']}" if row["width"] else "")
 
 
-def _origin(row: Row, rows: Sequence[Row]) -> str:
+def _origin(row: Row, rows: Sequence[Row]) -> Row:
     """The network that a row's was made of: the widest of the same teacher, from which reshaping makes narrower ones."""
     teacher = row.get("settings", {}).get("teacher")
-    return _named(max((r for r in rows if r is row or (teacher and r.get("settings", {}).get("teacher") == teacher)),
-                      key=lambda r: r["width"]))
+    return max((r for r in rows if r is row or (teacher and r.get("settings", {}).get("teacher") == teacher)), key=lambda r: r["width"])
 
 
 def _with_spread(row: Row, key: str) -> str:
@@ -300,6 +299,25 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
     notes += [f"The emulated links as measured: {'; '.join(links)}."] if links else []
     notes += [f"Left out: {'; '.join(sweep['left_out'])}."] if sweep.get("left_out") else []
     return table + notes
+
+
+def latency_table(sweep: dict[str, Any]) -> list[str]:
+    """Markdown lines: the base network against its ReLUs, every other activation a square, on each link."""
+    base = sweep["rows"][0]
+    alike = [r for r in sweep["rows"] if all(r[key] == base[key] for key in ("network", "width", "batch")) and _full(r, base)]
+    links = list(dict.fromkeys(row["link"] for row in alike))
+    lines = []
+    for relus in sorted({r["relus"] for r in alike}):
+        found = {r["link"]: r for r in alike if r["relus"] == relus}
+        r = found[base["link"]]
+        lines.append([f"{relus:,}", *(f"{found[k]['online_ms']:,.0f}" if k in found else "" for k in links),
+                      f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
+                      f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}"])
+    table = _table(("ReLUs", *(f"online ms, {link}" for link in links), f"of plaintext, {base['link']}", "online MB",
+                    f"preprocessing ms, {base['link']}", "preprocessing MB"), lines)
+    runs = [r["runs"] for r in alike]
+    return [*table, "", f"{base['network']} of width {base['width']}, {base['relus'] + base['squares']:,} activations, batch "
+            f"{base['batch']}; medians of {min(runs)} to {max(runs)}."]
 
 
 def summary_table(sweep: dict[str, Any]) -> list[str]:
@@ -426,10 +444,30 @@ def _course(row: dict[str, Any]) -> str:
     return begun + (f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else "")
 
 
+def _ordered(methods: dict[str, Any]) -> list[Row]:
+    """By network, the widest first, then by budget, the best first."""
+    rows: list[Row] = methods["rows"]
+    origins = {id(r): _origin(r, rows) for r in rows}
+    return sorted(rows, key=lambda r: (origins[id(r)]["network"], -origins[id(r)]["width"], r["budget"], -r["test_accuracy"]))
+
+
+def accuracy_table(methods: dict[str, Any]) -> list[str]:
+    """Markdown lines: accuracies on the test images; of each method, network, budget and seed the one that was trained longest."""
+    longest: dict[tuple[Any, ...], Row] = {}
+    for r in _ordered(methods):
+        key = (r["label"], _named(_origin(r, methods["rows"])), r["budget"], r["seed"])
+        longest[key] = max(longest.get(key, r), r, key=lambda row: row["epochs"])
+    lines = [[r["label"] + _course(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}",
+              *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")), f"{100 * r['private_accuracy']:.1f}",
+              f"{r['online_bytes'] / 1e6:.2f}", str(r["epochs"])] for r in longest.values()]
+    return _table(("method", "network", "ReLUs", "float", "fixed point", f"private, first {methods['rows'][0]['private_images']:,}",
+                   "online MB", "epochs"), lines)
+
+
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
     lines = []
-    for r in sorted(methods["rows"], key=lambda r: (_origin(r, methods["rows"]), r["budget"], -r["test_accuracy"])):
+    for r in _ordered(methods):
         accuracies = [_validation(r), *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")),
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
         served = [_with_spread(r, "online_ms"), f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
@@ -465,71 +503,88 @@ def _machine(result: dict[str, Any]) -> str:
             f"commit {all_of([f.get('commit') or 'unknown' for f in facts])}")
 
 
-def make_report(results: Path, out: Path, readme: Path | None, guide: Path | None = None) -> list[Path]:
-    """Write plots, report.html and, between their marks, the README's tables and the guide's; the files written.
+@dataclass(frozen=True)
+class Section:
+    """A table of a stored result. paged: shown on the HTML page, with its plots; else it repeats a part of another."""
 
-    Raises InputError without results.
+    result: str
+    title: str
+    table: Callable[[dict[str, Any]], list[str]]
+    plots: tuple[tuple[str, Callable[[dict[str, Any], Path], None]], ...] = ()
+    paged: bool = True
+
+
+SECTIONS = {
+    "latency": Section("sweep", "Latency and traffic against ReLUs, in short", latency_table, paged=False),
+    "sweep": Section("sweep", "Latency and traffic against ReLUs", summary_table,
+                     (("growth", lambda r, p: plot_growth(r["rows"], p)), ("time", lambda r, p: plot_time(r["rows"], p)))),
+    "points": Section("sweep", "Every point", sweep_table),
+    "slopes": Section("sweep", "What one more ReLU or square costs", fits_table),
+    "limits": Section("sweep", "Physical limits", limits_table),
+    "aims": Section("sweep", "Aims", targets_table),
+    "peers": Section("peers", "Other engines, same network, weights and images", peers_table, (("peers", plot_peers),)),
+    "load": Section("load", "Many clients", load_table, (("load", plot_load),)),
+    "accuracy": Section("methods", "ReLU-reduction methods, in short", accuracy_table, paged=False),
+    "methods": Section("methods", "ReLU-reduction methods side by side", methods_table,
+                       (("methods", lambda r, p: plot_methods(r["rows"], p)), ("accuracy", lambda r, p: plot_accuracy(r["rows"], p)))),
+}
+TRAINING = "training"
+"""Name of the table of the training logs."""
+
+
+def make_report(results: Path, out: Path, fill: Sequence[Path] = ()) -> list[Path]:
+    """Write plots and report.html, and put tables between the marks of documents; the files written.
+
+    Raises InputError without results, and for a document without marks, or with marks of a table that there is not.
     """
     sections: list[tuple[str, list[str], str | None]] = []
-    short = []
+    tables: dict[str, list[str]] = {}
     written = []
-    known: list[tuple[str, str, Callable[[dict[str, Any]], list[str]], list[tuple[str, Callable[[dict[str, Any], Path], None]]]]] = [
-        ("sweep", "Latency and traffic against ReLUs", summary_table,
-         [("growth", lambda r, p: plot_growth(r["rows"], p)), ("time", lambda r, p: plot_time(r["rows"], p))]),
-        ("sweep", "Every point", sweep_table, []),
-        ("sweep", "What one more ReLU or square costs", fits_table, []),
-        ("sweep", "Physical limits", limits_table, []),
-        ("sweep", "Aims", targets_table, []),
-        ("peers", "Other engines, same network, weights and images", peers_table, [("peers", plot_peers)]),
-        ("load", "Many clients", load_table, [("load", plot_load)]),
-        ("methods", "ReLU-reduction methods side by side", methods_table,
-         [("methods", lambda r, p: plot_methods(r["rows"], p)),
-          ("accuracy", lambda r, p: plot_accuracy(r["rows"], p))]),
-    ]
     out.mkdir(parents=True, exist_ok=True)
-    for name, title, table, plots in known:
-        result = load_results(results, name)
+    stored = {name: load_results(results, name) for name in dict.fromkeys(section.result for section in SECTIONS.values())}
+    for name, section in SECTIONS.items():
+        result = stored[section.result]
         if result is None:
             continue
-        lines = table(result)
-        command = result.get("command", f"relucent-bench {name}")
-        lines = [*lines, "", f"Machine: {_machine(result)}. Command: `{command}`."]
-        sections.append((title, lines, None))
-        if title not in PAGE_ONLY:
-            short.append(f"### {title}\n\n" + "\n".join(lines))
-        for stem, draw in plots:
+        command = result.get("command", f"relucent-bench {section.result}")
+        tables[name] = [*section.table(result), "", f"Machine: {_machine(result)}. Command: `{command}`."]
+        if section.paged:
+            sections.append((section.title, tables[name], None))
+        for stem, draw in section.plots:
             path = out / f"{stem}.png"
             draw(result, path)
             written.append(path)
             sections.append((stem, [], base64.b64encode(path.read_bytes()).decode()))
     if logs := sorted(results.glob("training-*.csv")):
-        lines = [*training_table(logs), "", "Single runs on two cores; some go on from another network's weights. "
-                 "Between epochs the first 1,000 validation images, in the end all."]
-        sections.append(("Time to accuracy", lines, None))
-        short.append("### Time to accuracy\n\n" + "\n".join(lines))
+        tables[TRAINING] = [*training_table(logs), "", "Single runs on two cores, named as their logs; some go on from another network's "
+                            "weights. Between epochs the first 1,000 validation images, in the end all that no training had taken in."]
+        sections.append(("Time to accuracy", tables[TRAINING], None))
     if not sections:
         raise InputError(f"{results} holds no results", "run `relucent-bench sweep`, `peers` or `load` first")
     page = out / "report.html"
     page.write_text(_page(sections))
-    written.append(page)
-    if readme is not None:
-        _put_between(readme, README_MARKS, "\n\n".join(short))
-        written.append(readme)
-    if guide is not None:
-        load = load_results(results, "load")
-        if load is None:
-            raise InputError(f"{results} holds no load.json", "run `relucent-bench load` first")
-        _put_between(guide, GUIDE_MARKS, "\n".join([*load_table(load), "", f"Machine: {_machine(load)}."]))
-        written.append(guide)
-    return written
+    for path in fill:
+        _fill(path, tables)
+    return [*written, page, *fill]
 
 
-def _put_between(path: Path, marks: tuple[str, str], body: str) -> None:
-    text, (start, end) = path.read_text(), marks
-    if start not in text or end not in text:
-        raise InputError(f"{path} lacks the marks between which the tables go", f"add {start} and {end}")
-    before, rest = text.split(start)
-    path.write_text(f"{before}{start}\n\n{body}\n\n{end}{rest.split(end)[1]}")
+def _fill(path: Path, tables: dict[str, list[str]]) -> None:
+    """Put tables between the marks that name them; a mark has a line of its own."""
+    start, end = MARKS
+    text = path.read_text()
+    named = re.compile(f"^{start.format('([^ ]*)')}$", re.MULTILINE)
+    whole = re.compile(f"{named.pattern}.*?^{end}$", re.MULTILINE | re.DOTALL)
+    names = named.findall(text)
+    known = f"names: {', '.join((*SECTIONS, TRAINING))}"
+    if not names or len(whole.findall(text)) != len(names):
+        raise InputError(f"{path} lacks the marks between which tables go", f"add {start.format('NAME')} and {end}; {known}")
+    if missing := [name for name in names if name not in tables]:
+        raise InputError(f"{path} asks for a table {missing[0]!r} of which there are no results", f"measure it first; {known}")
+
+    def filled(found: re.Match[str]) -> str:
+        return "\n\n".join((start.format(found[1]), "\n".join(tables[found[1]]), end))
+
+    path.write_text(whole.sub(filled, text))
 
 
 def _page(sections: Sequence[tuple[str, list[str], str | None]]) -> str:

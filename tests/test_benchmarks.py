@@ -19,7 +19,7 @@ from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
 from benchmarks.plaintext import Plaintext
-from benchmarks.report import GUIDE_MARKS, README_MARKS, make_report, targets_table, training_table
+from benchmarks.report import MARKS, make_report, targets_table, training_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
@@ -186,11 +186,14 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
     write_network(first, 2)
     assert [r["file"] for r in measure([first], rows)] == ["a", "b", "a"]  # another network of the same name
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "methods.json").write_text(json.dumps({"rows": rows}))
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(README_MARKS))
-    assert (tmp_path / "out" / "accuracy.png") in make_report(tmp_path / "results", tmp_path / "out", readme)
-    assert "| all ReLUs | resnet18 w4 |" in readme.read_text() and "| a CPU |" in readme.read_text()
+    longer = rows[0] | {"epochs": 99, "test_accuracy": 0.1234}
+    (tmp_path / "results" / "methods.json").write_text(json.dumps({"rows": [*rows, longer]}))
+    document = tmp_path / "document.md"
+    document.write_text(marked("methods", "accuracy"))
+    assert (tmp_path / "out" / "accuracy.png") in make_report(tmp_path / "results", tmp_path / "out", [document])
+    whole, short = document.read_text().split(MARKS[1])[:2]
+    assert whole.count("| all ReLUs | resnet18 w4 |") == 3 and "| a CPU |" in whole
+    assert short.count("| all ReLUs | resnet18 w4 |") == 2 and "| 12.34 |" in short  # of each the one that was trained longest
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no folder of"):
         measure([tmp_path / "empty"], [])
@@ -294,26 +297,43 @@ def results(tmp_path: Path) -> Path:
     return folder
 
 
+def marked(*names: str) -> str:
+    """A document that asks for these tables."""
+    return "before\n" + "\nbetween\n".join(f"{MARKS[0].format(name)}\nstale\n{MARKS[1]}" for name in names) + "\nafter\n"
+
+
 def test_the_report_and_the_tables(results: Path, tmp_path: Path) -> None:
     readme, guide = tmp_path / "README.md", tmp_path / "guide.md"
-    readme.write_text("before\n{}\nstale\n{}\nafter\n".format(*README_MARKS))
-    guide.write_text("before\n{}\nstale\n{}\nafter\n".format(*GUIDE_MARKS))
-    written = make_report(results, tmp_path / "out", readme, guide)
+    readme.write_text(marked("latency", "sweep", "peers"))
+    guide.write_text(marked("load"))
+    written = make_report(results, tmp_path / "out", [readme, guide])
     assert {path.name for path in written} == {"growth.png", "time.png", "peers.png", "load.png", "report.html", "README.md", "guide.md"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and text.count("\nbetween\n") == 2 and "stale" not in text
     assert "| SPU | 3 | 9,000 (90-110) | 9,000 | 30.0x | 90.0x | 279.0 | 7.5x | 2.0 s, 9 MB | yes | a |" in text
     assert "| TenSEAL | 3 | 100 (90-110) | 3,000 |  |  | 1.0 |  |" in text
-    assert "skipped: no network" in text and "Every point" not in text
+    assert "skipped: no network" in text and "Left out: x: 99 s." in text
     assert "| 0 | 557,056 | resnet18 w64 | 1 | 70 | 2,225 | 6.4x |" in text
+    assert "| 0 | 70 | 2,225 | 6.4x |" in text
     assert "| clients | images/s |" in guide.read_text() and "stale" not in guide.read_text()
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "Left out: x: 99 s." in page
     assert "http" not in page  # self-contained
-    make_report(results, tmp_path / "out", readme, guide)
+    make_report(results, tmp_path / "out", [readme, guide])
     assert readme.read_text() == text  # again gives the same
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("no marks", "lacks the marks"), (marked("methods"), "no results"), (marked("else"), "no results"),
+    (marked("load").replace(MARKS[1], ""), "lacks the marks")])
+def test_a_document_that_cannot_be_filled_stays(results: Path, tmp_path: Path, text: str, words: str) -> None:
+    document = tmp_path / "document.md"
+    document.write_text(text)
+    with pytest.raises(InputError, match=words):
+        make_report(results, tmp_path / "out", [document])
+    assert document.read_text() == text
 
 
 def test_time_to_accuracy_adds_epochs_up(tmp_path: Path) -> None:
@@ -330,10 +350,10 @@ def test_missed_aims_are_said(results: Path) -> None:
 
 def test_a_report_of_nothing_or_of_a_damaged_file(results: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no results"):
-        make_report(tmp_path / "nowhere", tmp_path / "out", None)
+        make_report(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "plain.md").write_text("nothing")
     with pytest.raises(InputError, match="lacks the marks"):
-        make_report(results, tmp_path / "out", tmp_path / "plain.md")
+        make_report(results, tmp_path / "out", [tmp_path / "plain.md"])
     (results / "load.json").write_text("{")
     with pytest.raises(InputError, match=r"load\.json is no JSON"):
-        make_report(results, tmp_path / "out", None)
+        make_report(results, tmp_path / "out")

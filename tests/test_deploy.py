@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tomllib
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.report import SECTIONS, TRAINING
 from protocol import errors
 from protocol.model import Model, save
 from protocol.tls import Identity
@@ -117,8 +119,9 @@ def test_example_settings_pass_check_config(folder: str, party: str, tmp_path: P
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
     for models in settings.get("models", []):
-        (tmp_path / models[1:]).mkdir(parents=True)
-        save(mixed_model, tmp_path / models[1:] / "m.safetensors")
+        file = tmp_path / models[1:] if models.endswith(".safetensors") else tmp_path / models[1:] / "m.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(Model(replace(mixed_model.public, name=file.stem), mixed_model.private), file)
     path = tmp_path / "settings.toml"
     path.write_text(text.replace('"/', f'"{tmp_path}/'))
     done = program(party, "check-config", "--config", path)
@@ -146,7 +149,9 @@ def test_units_let_programs_write_where_the_settings_say(party: str) -> None:
                  re.findall(r"^install -g (\S+) -m 640 (.+) (/\S+)$", guide, re.MULTILINE) if group == user for source in sources.split()}
     assert {config, settings["certificate"], settings["key"], settings["ca"]} <= installed
     assert {Path(file).name for file in installed} <= OWN[party] | {f"{party}.toml", "*.safetensors"}
-    assert {f"{models}/*.safetensors" for models in settings.get("models", [])} <= installed
+    for models in map(Path, settings.get("models", [])):
+        assert str((models.parent if models.suffix else models) / "*.safetensors") in installed
+        assert not models.suffix or (ROOT / "models" / models.name).is_file()
     assert f"install -m 644 {path.relative_to(ROOT)} /etc/systemd/system\n" in guide
     assert f"{binary.rpartition('/bin/')[0]}\n" in OPERATING.partition("python3 -m venv ")[2]
 
@@ -282,8 +287,11 @@ def test_settings_that_are_documented_exist() -> None:
     assert by_themselves and set(re.findall(r"`(\w+)`", by_themselves[1])) <= settings.keys()
 
 
-def test_the_sizing_table_has_its_place() -> None:
-    before, mark, after = OPERATING.partition("<!-- load: made by relucent-bench report -->\n")
-    assert mark and before.rstrip().count("\n## Sizing\n") == 1
-    table, mark, rest = after.partition("<!-- end of load -->\n")
-    assert mark and "##" not in table and "<!--" not in rest
+@pytest.mark.parametrize("document", ["README.md", "docs/benchmarks.md", "docs/operating.md"])
+def test_the_tables_have_their_place(document: str) -> None:
+    """Each between its marks, filled with a table that there is."""
+    parts = re.split(r"^<!-- (table: \w+|end of table) -->$", (ROOT / document).read_text(), flags=re.MULTILINE)
+    marks, between = parts[1::2], parts[2::2]
+    assert marks and marks[1::2] == ["end of table"] * (len(marks) // 2) and len(marks) % 2 == 0
+    for mark, table in zip(marks[::2], between[::2]):
+        assert mark.removeprefix("table: ") in {*SECTIONS, TRAINING} and table.count("\n|---|") == 1, mark
