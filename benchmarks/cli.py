@@ -196,7 +196,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Where to store the JSON.")] = RESULTS / "sweep.json",
     as_json: AsJson = False,
 ) -> None:
-    """Vary ReLUs (on every link), squares, network, width and batch around one base; fit what a ReLU and a square cost."""
+    """Vary ReLUs, squares, network, width and batch around one base, on every link; fit what a ReLU and a square cost."""
     names = links.split(",")
     if unknown := [n for n in names if n not in LINKS]:
         raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")

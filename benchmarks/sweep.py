@@ -61,14 +61,14 @@ class Point:
 
 def points(networks: Sequence[str], widths: Sequence[int], relus: Sequence[int | None], squares: Sequence[float], batches: Sequence[int],
            links: Sequence[str]) -> list[Point]:
-    """The base, made of the first of each, and what varies from it in one dimension; ReLU counts vary on every link, squares at 0 ReLUs."""
+    """The base, made of the first of each, and what varies from it in one dimension, squares at 0 ReLUs; all of them on every link."""
     base = Point(networks[0], widths[0], relus[0], squares[0], batches[0], links[0])
-    return [*(replace(base, relus=r) for r in relus),
-            *(replace(base, relus=0, squares=share) for share in squares[1:]),
-            *(replace(base, network=name, width=STANDARD_WIDTH.get(name, 64)) for name in networks[1:]),
-            *(replace(base, width=w) for w in widths[1:]),
-            *(replace(base, batch=b) for b in batches[1:]),
-            *(replace(base, link=link, relus=r) for link in links[1:] for r in relus)]
+    varied = [*(replace(base, relus=r) for r in relus),
+              *(replace(base, relus=0, squares=share) for share in squares[1:]),
+              *(replace(base, network=name, width=STANDARD_WIDTH.get(name, 64)) for name in networks[1:]),
+              *(replace(base, width=w) for w in widths[1:]),
+              *(replace(base, batch=b) for b in batches[1:])]
+    return [replace(point, link=link) for link in links for point in varied]
 
 
 def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -94,7 +94,7 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
     for point in chosen:
         key = (point.network, point.width, point.relus, point.squares)
         if key not in models:
-            models = {k: m for k, m in models.items() if k[:2] == key[:2]} | {key: random_model(*key)}
+            models[key] = random_model(*key)
         seconds = seconds_on(LINKS[point.link], make_plan(models[key].public, point.batch))
         if seconds > INFERENCE_S:
             if point == chosen[0]:
@@ -134,7 +134,7 @@ def predict(rows: list[dict[str, Any]]) -> None:
 
 
 def fit_growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Least-squares lines around the base: microseconds and bytes per ReLU in place of a square, for each link, and per square in place
+    """Least-squares lines around the base, for each link: microseconds and bytes per ReLU in place of a square, and per square in place
     of a pixel that passes unchanged, without ReLUs. Rows that compare other bits than the base are left out.
 
     Each with "residual", the largest distance of a row from its line, as a share of the row's value, and the slope's standard "error",
@@ -147,7 +147,8 @@ def fit_growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for link in dict.fromkeys(r["link"] for r in alike):
         full = [r for r in alike if r["link"] == link and r["relus"] + r["squares"] == base["relus"] + base["squares"]]
         _fit(fits, f"ReLU, {link}", "relus", full)
-    _fit(fits, f"square, {base['link']}", "squares", [r for r in alike if (r["link"], r["relus"]) == (base["link"], 0)])
+    for link in dict.fromkeys(r["link"] for r in alike):
+        _fit(fits, f"square, {link}", "squares", [r for r in alike if (r["link"], r["relus"]) == (link, 0)])
     return fits
 
 
