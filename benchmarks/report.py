@@ -309,7 +309,7 @@ def latency_table(sweep: dict[str, Any]) -> list[str]:
     lines = []
     for relus in sorted({r["relus"] for r in alike}):
         found = {r["link"]: r for r in alike if r["relus"] == relus}
-        r = found[base["link"]]
+        r = found.get(base["link"]) or next(iter(found.values()))
         lines.append([f"{relus:,}", *(f"{found[k]['online_ms']:,.0f}" if k in found else "" for k in links),
                       f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
                       f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}"])

@@ -19,7 +19,7 @@ from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
 from benchmarks.plaintext import Plaintext
-from benchmarks.report import MARKS, make_report, targets_table, training_table
+from benchmarks.report import MARKS, latency_table, make_report, targets_table, training_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
@@ -346,6 +346,12 @@ def test_missed_aims_are_said(results: Path) -> None:
     lines = "\n".join(targets_table(json.loads((results / "sweep.json").read_text())))
     assert "| online images per second, batch 32 against 1 | at least 3x | 1.4" in lines and "**no**" in lines
     assert "| material that one dealer makes, sending apart | at least 3 inferences a second | 6.67 a second | yes |" in lines
+
+
+def test_a_point_may_be_left_out_on_the_base_link() -> None:
+    rows = [sweep_row(link="mobile"), sweep_row(link="lan"), sweep_row(TOTAL, link="lan")]
+    lines = latency_table({"rows": rows})
+    assert lines[2].startswith("| 12,900 | ") and lines[3].startswith("| 557,056 |  | ")
 
 
 def test_a_report_of_nothing_or_of_a_damaged_file(results: Path, tmp_path: Path) -> None:
