@@ -28,6 +28,8 @@ STEP = ".step"
 class NetworkFileError(Exception):
     """The file is no float network of ours. The message says why."""
 
+    hint = "make one with `relucent-opt train` or `reduce`"
+
 
 @dataclass(frozen=True)
 class NetworkInfo:
@@ -106,7 +108,7 @@ def load_network(path: Path) -> tuple[nn.Module, NetworkInfo]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if KEY not in metadata:
-            raise NetworkFileError(f"{path} is no float network; make one with `relucent-opt train` or `reduce`")
+            raise NetworkFileError(f"{path} is no float network")
         raw = json.loads(metadata[KEY])
         for key in ("classes", "input_shape", "mean", "std"):
             raw[key] = tuple(raw[key])
