@@ -192,7 +192,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         "online_tcp_bytes": last_online["tcp_bytes"],
         "preprocessing_tcp_bytes": last_pre["tcp_bytes"] + last_pre["dealer_to_server_bytes"],
         "link": link.name, "emulation": way.emulation, "streams": last_online["streams"],
-        "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"] + last_online["bytes_down"]), 2),
+        "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"], last_online["bytes_down"]), 2),
         "timeline": timelines(private["online"][1:]), "preprocessing_timeline": preprocessing_timelines(private["preprocessing"][1:]),
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,
         "agreement": hits / compared, "peak_rss_mb": memory, **facts,

@@ -21,6 +21,9 @@ from protocol.links import LINKS, Link
 
 READ_BYTES = 1 << 16
 """Smaller pieces keep a gigabit link's two directions spinning for their moments at the same time."""
+READ_S = 2e-3
+MIN_READ_BYTES = 1 << 12
+"""Slow links take pieces that leave in this time: what has arrived may be answered before the rest has left."""
 SPIN_S = 150e-6
 """The last part of a wait is spun: sleeping is not that exact."""
 MAX_QUEUED = 4096
@@ -44,6 +47,7 @@ class _Direction:
     def __init__(self, link: Link, own_delay_s: float) -> None:
         self._delay = max(link.rtt_s / 2 - own_delay_s, 0.0)
         self._rate = link.bits_per_s
+        self.read_bytes = min(max(int(self._rate * READ_S / 8), MIN_READ_BYTES), READ_BYTES) if self._rate else READ_BYTES
         self._free = 0.0
         self._lock = threading.Lock()
 
@@ -114,7 +118,7 @@ class Relay:
 def _read(source: socket.socket, pending: queue.Queue[tuple[float, bytes] | None], direction: _Direction, fault: Fault | None) -> None:
     carried = 0
     try:
-        while data := source.recv(READ_BYTES):
+        while data := source.recv(direction.read_bytes):
             pieces = [data] if fault is None else fault(carried, data)
             carried += len(data)
             if pieces is None:

@@ -285,7 +285,7 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
                     "preprocessing ms", "preprocessing MB", "total ms", "images/s online", "n"), lines)
     links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s ({m.get('emulation', 'relay')})"
              for name, m in sweep.get("links", {}).items()]
-    notes = ["", "Foretold: rounds x RTT + bytes / bandwidth + the online time on loopback."]
+    notes = ["", "Foretold: rounds x RTT + bytes of the busier direction / bandwidth + the online time on loopback."]
     astray = [f"{r['relus']:,} ReLUs, {r['link']}" for r in sweep["rows"]
               if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]
     if astray:

@@ -119,9 +119,9 @@ def _measured(link: str, emulation: str) -> dict[str, Any]:
 
 def seconds_on(link: Link, plan: Plan) -> float:
     """Least time of one inference, preprocessing included, between the client and the other two."""
-    up = plan.online_bytes_up + sum(ELEMENT_BYTES * s.active for s in plan.activations)
+    up = sum(ELEMENT_BYTES * s.active for s in plan.activations)
     dealt = sum(plan.key_bytes(s) + ELEMENT_BYTES * (s.squares + 2 * s.relus) for s in plan.activations)
-    return link.seconds(plan.rounds, up + plan.online_bytes_down + dealt)
+    return link.seconds(0, up, dealt) + link.seconds(plan.rounds, plan.online_bytes_up, plan.online_bytes_down)
 
 
 def predict(rows: list[dict[str, Any]]) -> None:
@@ -174,11 +174,11 @@ def limits(model: Model, batch: int, link: Link) -> dict[str, float]:
     """What this machine and the link need at least, in milliseconds, each alone: see docs/benchmarks.md."""
     plan = make_plan(model.public, batch)
     blocks = AES_PER_RELU_BIT * plan.comparison_bits * sum(s.relus for s in plan.activations)
-    payload = plan.online_bytes_up + plan.online_bytes_down
+    up, down = plan.online_bytes_up, plan.online_bytes_down
     return {"int64_ms": _ms(linear_seconds(model, batch, whole=True)), "linear_ms": _ms(linear_seconds(model, batch)),
             "aes_blocks": blocks, "aes_ms": _ms(16 * blocks / aes_bytes_per_s()),
             "serialisation_ms": _ms(serialisation_seconds(plan)), "dealing_ms": _ms(dealing_seconds(plan)),
-            "online_payload_bytes": payload, "bandwidth_ms": _ms(link.seconds(0, payload))}
+            "online_payload_bytes": up + down, "bandwidth_ms": _ms(link.seconds(0, up, down))}
 
 
 def _ms(seconds: float) -> float:

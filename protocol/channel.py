@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 from protocol.errors import PeerError, PeerTimeout, ProtocolViolation
@@ -23,9 +24,22 @@ class Receiver(Protocol):
     def receive(self, length: int) -> bytearray:
         """The next message. Raises ProtocolViolation unless it has exactly `length` bytes, PeerError if the peer is gone."""
 
+class Outgoing(Sender, Protocol):
+    """A sender of messages that may be handed over in pieces."""
 
-Out = TypeVar("Out", bound=Sender)
-In = TypeVar("In", bound=Receiver)
+    def send(self, *parts: Buffer, last: bool = True) -> None:
+        """As Sender's; without `last` this is the beginning of a message only."""
+
+
+class Incoming(Receiver, Protocol):
+    """A receiver of messages that may be read as they arrive."""
+
+    def pieces(self, length: int) -> Iterator[Buffer]:
+        """The next message, piece by piece; errors as of `receive`, at the first piece that cannot be part of it."""
+
+
+Out = TypeVar("Out", bound=Outgoing)
+In = TypeVar("In", bound=Incoming)
 
 
 class MemoryPipe:
@@ -34,14 +48,17 @@ class MemoryPipe:
     def __init__(self, timeout_s: float = 60.0) -> None:
         self._queue: queue.Queue[bytes | None] = queue.Queue()
         self._timeout_s = timeout_s
+        self._begun = b""
         self.bytes = 0
         self.messages = 0
 
-    def send(self, *parts: Buffer) -> None:
-        data = b"".join(parts)
-        self.bytes += len(data)
-        self.messages += 1
-        self._queue.put(data)
+    def send(self, *parts: Buffer, last: bool = True) -> None:
+        self._begun = b"".join((self._begun, *parts))
+        if last:
+            self.bytes += len(self._begun)
+            self.messages += 1
+            self._queue.put(self._begun)
+            self._begun = b""
 
     def receive(self, length: int) -> bytearray:
         try:
@@ -54,12 +71,15 @@ class MemoryPipe:
             raise ProtocolViolation(f"a message has {len(data):,} bytes where {length:,} are due")
         return bytearray(data)
 
+    def pieces(self, length: int) -> Iterator[Buffer]:
+        yield self.receive(length)
+
     def close(self) -> None:
         """Make the receiving end fail with PeerError once all messages are read."""
         self._queue.put(None)
 
 
-class Channel(Sender, Receiver, Protocol):
+class Channel(Outgoing, Incoming, Protocol):
     """Both directions of a connection."""
 
 
@@ -69,11 +89,14 @@ class Duplex(Generic[Out, In]):
     def __init__(self, outgoing: Out, incoming: In) -> None:
         self.outgoing, self.incoming = outgoing, incoming
 
-    def send(self, *parts: Buffer) -> None:
-        self.outgoing.send(*parts)
+    def send(self, *parts: Buffer, last: bool = True) -> None:
+        self.outgoing.send(*parts, last=last)
 
     def receive(self, length: int) -> bytearray:
         return self.incoming.receive(length)
+
+    def pieces(self, length: int) -> Iterator[Buffer]:
+        return self.incoming.pieces(length)
 
 
 MemoryChannel = Duplex[MemoryPipe, MemoryPipe]

@@ -76,6 +76,14 @@ class DcfKeys:
     def nbytes(self) -> int:
         return key_bytes(len(self.root), self.bits)
 
+    def part(self, first: int, last: int) -> DcfKeys:
+        """Keys first to last - 1: views, but for the control bits."""
+        if (first, last) == (0, len(self)):
+            return self
+        control = np.ascontiguousarray(self.control[:, :, first:last])
+        return DcfKeys(self.party, self.bits, self.hash_key, self.root[first:last], self.seed_words[:, first:last],
+                       self.payload_words[:, first:last], control, self.final[first:last])
+
     def parts(self) -> Iterator[memoryview]:
         """The keys as raw bytes, in the order that `from_bytes` reads."""
         yield memoryview(self.hash_key)

@@ -168,16 +168,16 @@ def square_server(d: Any, opening: Any, factor: Any, bits: Any, constant: Any, y
             y[n, i] = (square >> bits) + (constant[i] if len(constant) else 0)
 
 
-@_compiled(_elements(2), _elements(2), _elements(1), types.int64, _elements(2), _elements(2, True))
-def square_client(d: Any, twice: Any, factor: Any, bits: Any, mask: Any, y: Any) -> None:
+@_compiled(_elements(1), _elements(1), _elements(1), types.int64, types.int64, _elements(1), _elements(1, True))
+def square_client(d: Any, twice: Any, factor: Any, first: Any, bits: Any, mask: Any, y: Any) -> None:
     """The client's part of the squares: from z_C^2 + 2 w_C in y to -floor(-factor (y + 2 z_C d) / 2^bits) - mask.
 
-    d, twice, mask, y (batch, A); factor (A,), or empty for none.
+    d, twice, mask, y: any run of a layer's elements, of all images one after another, the first of them element `first`; factor: of
+    one image's elements, or empty for none.
     """
-    for n in range(len(d)):
-        for i in range(d.shape[1]):
-            square = (y[n, i] + twice[n, i] * d[n, i]) * (factor[i] if len(factor) else 1)
-            y[n, i] = -((-square) >> bits) - mask[n, i]
+    for i in range(len(d)):
+        square = (y[i] + twice[i] * d[i]) * (factor[(first + i) % len(factor)] if len(factor) else 1)
+        y[i] = -((-square) >> bits) - mask[i]
 
 
 @_compiled(_words(1), _words(2), _words(1), _words(1), _words(1), types.uint64, types.uint64, _words(1, True))

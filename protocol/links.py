@@ -13,9 +13,9 @@ class Link:
     rtt_s: float
     bits_per_s: float
 
-    def seconds(self, rounds: int, byte_count: int) -> float:
-        """Least time on the link of a dialogue in which the parties take turns."""
-        return rounds * self.rtt_s + (8 * byte_count / self.bits_per_s if self.bits_per_s else 0.0)
+    def seconds(self, rounds: int, bytes_up: int, bytes_down: int) -> float:
+        """Least time on the link of a dialogue whose answers begin while the questions still arrive: both directions are busy at once."""
+        return rounds * self.rtt_s + (8 * max(bytes_up, bytes_down) / self.bits_per_s if self.bits_per_s else 0.0)
 
 
 LINKS = {link.name: link for link in (

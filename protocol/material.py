@@ -30,6 +30,16 @@ class ReluShare:
     def __repr__(self) -> str:
         return f"ReluShare(count={len(self.mask)}, <secret>)"
 
+    def part(self, first: int, last: int) -> ReluShare:
+        """Those of ReLUs first to last - 1."""
+        keys, start = [], 0
+        for block in self.keys:
+            end = start + len(block)
+            if start < last and first < end:
+                keys.append(block.part(max(first, start) - start, min(last, end) - start))
+            start = end
+        return ReluShare(self.mask[first:last], tuple(keys), self.sign[first:last], self.masked_sign[first:last])
+
 
 @dataclass(frozen=True, repr=False)
 class SquareShare:

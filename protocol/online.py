@@ -3,11 +3,15 @@
 Client to server: the masked input x - r_0, then M = y_C - r' per activation layer. Server to client: d per activation
 layer, then its share of the logits. d is masked by alpha or A, M and the input by fresh masks, so that each party sees
 uniform ring elements only; the logits are revealed to the client alone.
+
+Each element of M depends on the same element of d alone. On slow links d is sent in pieces, and the client answers each when it
+arrives: both directions are then busy at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,11 @@ from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
 from protocol.timeline import Timeline
 
+FIRST_PIECE_BYTES = 1 << 17
+"""Of the first layer's d, when the link is not known yet."""
+PIECE_S = 6e-3
+"""What a piece is to take there and back, at the rate of the fastest layer so far: finer ones do not pay for their own handling."""
+MIN_PIECE_BYTES = 1 << 13
 _NONE = np.empty(0, np.int64)
 
 
@@ -67,6 +76,24 @@ class _ServerPass:
     def __init__(self, plan: Plan, contents: ServerContents, channel: Channel, timeline: Timeline) -> None:
         self.plan, self.channel, self.timeline = plan, channel, timeline
         self.linear, self.remask, self.activations = iter(contents.linear), iter(contents.remask), iter(contents.activations)
+        self._bytes_per_s, self._sending_s = 0.0, 0.0
+
+    def ask(self, d: Tensor) -> None:
+        """Send a layer's d, in pieces if the link is slow."""
+        data, started = ring.to_bytes(d), time.perf_counter()
+        piece = max(int(PIECE_S * self._bytes_per_s) or FIRST_PIECE_BYTES, MIN_PIECE_BYTES) // ELEMENT_BYTES * ELEMENT_BYTES
+        for start in range(0, len(data), piece):
+            self.channel.send(data[start : start + piece], last=start + piece >= len(data))
+        self._sending_s = time.perf_counter() - started
+        self.timeline.lap("send")
+
+    def answer(self, shape: tuple[int, ...]) -> Tensor:
+        """The client's M."""
+        length, started = ELEMENT_BYTES * torch.Size(shape).numel(), time.perf_counter()
+        data = self.channel.receive(length)
+        self._bytes_per_s = max(self._bytes_per_s, length / (self._sending_s + time.perf_counter() - started))
+        self.timeline.lap("wait")
+        return ring.from_bytes(data, shape)
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -111,8 +138,7 @@ class ServerTensor(RingTensor):
         active = None if layer.all_active else layer.active
         kernels.open_share(_array(share), _array(shift).reshape(-1), bits, _array(active), half.opening.numpy(), d.numpy())
         session.timeline.lap("elementwise")
-        session.channel.send(ring.to_bytes(d))
-        session.timeline.lap("send")
+        session.ask(d)
         if step.squares:
             added = None if constant is None else gather(constant[None], layer.active, layer.all_active)[0]
             kernels.square_server(d.numpy(), half.opening.numpy(), _array(layer.factor_of_active), scale + layer.c2_shift, _array(added),
@@ -123,10 +149,8 @@ class ServerTensor(RingTensor):
             kept = relu_share(opened, half.relu, session.plan.comparison_bits, Party.SERVER)
             put(y, layer.relu_in_active, False, kept.view(batch, -1))
             session.timeline.lap("comparison")
-        answer = ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
-        session.timeline.lap("wait")
+        y += session.answer(tuple(y.shape))
         session.timeline.close(layer.name)
-        y += answer
         if layer.all_active:
             data = y
         else:
@@ -153,19 +177,40 @@ def online_server(material: Material[ServerContents], graph: Any, channel: Chann
     state.timeline.close("output")
 
 
-def _answer(half: ClientActivation, d: Tensor, plan: Plan, timeline: Timeline) -> Tensor:
-    """M of one activation layer from the opened d, (batch, active pixels)."""
-    layer, batch, y = half.step.layer, half.step.batch, half.base
+def _arriving(channel: Channel, d: Tensor) -> Iterator[tuple[int, int]]:
+    """Fills d, flat, with the next message; after every piece from where and to where it has become whole elements."""
+    data, there, done = ring.to_bytes(d), 0, 0
+    for piece in channel.pieces(len(data)):
+        data[there : there + len(piece)] = piece
+        there += len(piece)
+        if there // ELEMENT_BYTES > done:
+            yield done, there // ELEMENT_BYTES
+            done = there // ELEMENT_BYTES
+
+
+def _chosen(columns: Tensor, width: int, first: int, last: int) -> tuple[int, Tensor]:
+    """Of rows of `width` elements, one after another: which of elements first to last - 1 lie in these columns, counted from
+    `first`, and how many do before them. columns: sorted."""
+    rows = range(first // width, -(-last // width))
+    everywhere = (width * torch.arange(rows.start, rows.stop)[:, None] + columns).flatten()
+    start, stop = torch.searchsorted(everywhere, torch.tensor([first, last])).tolist()
+    return rows.start * len(columns) + start, everywhere[start:stop] - first
+
+
+def _answer(half: ClientActivation, d: Tensor, first: int, plan: Plan, timeline: Timeline) -> Tensor:
+    """A run of one layer's M, of all images flat, from the same run of d, whose first element is `first`."""
+    layer, last = half.step.layer, first + len(d)
+    twice, mask, y = (t.view(-1)[first:last] for t in (half.twice, half.next_mask, half.base))
     if half.step.squares:
-        _check_shapes(tuple(d.shape), half.twice, half.next_mask, y)
+        _check_shapes(tuple(d.shape), twice, mask, y)
         bits = plan.model.fixed_point.activation_bits + layer.c2_shift
-        kernels.square_client(d.numpy(), half.twice.numpy(), _array(layer.factor_of_active), bits, half.next_mask.numpy(), y.numpy())
+        kernels.square_client(d.numpy(), twice.numpy(), _array(layer.factor_of_active), first, bits, mask.numpy(), y.numpy())
     timeline.lap("squares")
     if half.relu is not None:
-        opened = gather(d, layer.relu_in_active, False).flatten()
-        kept = relu_share(opened, half.relu, plan.comparison_bits, Party.CLIENT).view(batch, -1)
-        kept -= gather(half.next_mask, layer.relu_in_active, False)
-        put(y, layer.relu_in_active, False, kept)
+        before, where = _chosen(layer.relu_in_active, len(layer.active), first, last)
+        if len(where):
+            relu = half.relu.part(before, before + len(where))
+            y[where] = relu_share(d[where], relu, plan.comparison_bits, Party.CLIENT) - mask[where]
         timeline.lap("comparison")
     return y
 
@@ -188,11 +233,12 @@ def online_client(material: Material[ClientContents], x_ring: Tensor, channel: C
     laps.lap("send")
     laps.close("input")
     for half in contents.activations:
-        d = ring.from_bytes(channel.receive(ELEMENT_BYTES * half.step.active), (half.step.batch, -1))
-        laps.lap("wait")
-        answer = ring.to_bytes(_answer(half, d, plan, laps))
-        channel.send(answer)
-        laps.lap("send")
+        d = torch.empty(half.step.active, dtype=torch.int64)
+        for first, last in _arriving(channel, d):
+            laps.lap("wait")
+            answer = ring.to_bytes(_answer(half, d[first:last], first, plan, laps))
+            channel.send(answer, last=last == len(d))
+            laps.lap("send")
         laps.close(half.step.layer.name)
     count = torch.Size(plan.output_shape).numel()
     share = ring.from_bytes(channel.receive(ELEMENT_BYTES * count), plan.output_shape)

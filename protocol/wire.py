@@ -36,8 +36,8 @@ def check_bytes(value: bytes, length: int, name: str) -> bytes:
     return value
 
 
-def to_chunks(sequence: int, parts: tuple[Buffer, ...]) -> Iterator[Chunk]:
-    """Cut one logical message, the concatenation of `parts`."""
+def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True) -> Iterator[Chunk]:
+    """Cut one logical message, the concatenation of `parts`; without `last` its beginning, which is not empty."""
     views = [memoryview(part) for part in parts]
     left = sum(map(len, views))
     pending: list[memoryview] = []
@@ -51,7 +51,7 @@ def to_chunks(sequence: int, parts: tuple[Buffer, ...]) -> Iterator[Chunk]:
             if room == 0 and left:
                 yield Chunk(sequence=sequence, data=b"".join(pending))
                 pending, room = [], CHUNK_BYTES
-    yield Chunk(sequence=sequence, last=True, data=b"".join(pending))
+    yield Chunk(sequence=sequence, last=last, data=b"".join(pending))
 
 
 class ChunkSender:
@@ -62,11 +62,11 @@ class ChunkSender:
         self._sequence = 0
         self.bytes = 0
 
-    def send(self, *parts: Buffer) -> None:
-        for chunk in to_chunks(self._sequence, parts):
+    def send(self, *parts: Buffer, last: bool = True) -> None:
+        for chunk in to_chunks(self._sequence, parts, last):
             self.bytes += chunk.ByteSize() + FRAME_BYTES
             self._transmit(chunk)
-        self._sequence += 1
+        self._sequence += last
 
 
 class ChunkReceiver:
@@ -84,6 +84,12 @@ class ChunkReceiver:
 
     def receive_into(self, out: bytearray, length: int) -> None:
         """Append the next message to `out`, which then has `length` bytes; what came before a failure stays there."""
+        for piece in self.pieces(length - len(out)):
+            out += piece
+
+    def pieces(self, length: int) -> Iterator[bytes]:
+        """The next message as it arrives; each chunk is checked before it is handed out."""
+        arrived = 0
         while True:
             chunk = self._wait()
             self.bytes += chunk.ByteSize() + FRAME_BYTES
@@ -91,13 +97,14 @@ class ChunkReceiver:
                 raise ProtocolViolation(f"message {chunk.sequence} arrived where {self._sequence} is due")
             if len(chunk.data) > CHUNK_BYTES:
                 raise ProtocolViolation("a chunk is larger than the protocol allows")
-            if len(out) + len(chunk.data) > length:
+            arrived += len(chunk.data)
+            if arrived > length:
                 raise ProtocolViolation(f"message {self._sequence} is longer than the {length:,} bytes due")
             if not chunk.last and not chunk.data:
                 raise ProtocolViolation("an empty chunk inside a message")
-            out += chunk.data
+            if chunk.last and arrived != length:
+                raise ProtocolViolation(f"message {self._sequence} has {arrived:,} bytes where {length:,} are due")
+            self._sequence += chunk.last
+            yield chunk.data
             if chunk.last:
-                break
-        if len(out) != length:
-            raise ProtocolViolation(f"message {self._sequence} has {len(out):,} bytes where {length:,} are due")
-        self._sequence += 1
+                return

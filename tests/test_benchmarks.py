@@ -35,14 +35,15 @@ TOTAL = 557_056
 
 def sweep_row(relus: int = 12_900, link: str = "loopback", batch: int = 1, **other: Any) -> dict[str, Any]:
     squares = other.pop("squares", TOTAL - relus)
-    online = 70 + relus * 0.6e-3 + (squares - TOTAL + relus) * 0.05e-3 + LINKS[link].seconds(18, 8_940_000) * 1e3
+    online = 70 + relus * 0.6e-3 + (squares - TOTAL + relus) * 0.05e-3 + LINKS[link].seconds(18, 4_480_000, 4_460_000) * 1e3
     timeline = {kind: 1.0 for kind in KINDS if kind != "wait"} | {"client": 5.0, "link": 3.0}
     return {"network": "resnet18", "width": 64, "relus": relus, "squares": squares, "batch": batch, "link": link, "runs": 3,
             "fixed_point": {"comparison_bits": 17}, "plaintext_ms": 11.0, "online_ms": online, "online_ms_spread": [online - 2, online + 3],
             "preprocessing_ms": 200 + relus * 4e-3, "total_ms": 280 + relus * 5e-3,
             "total_ms_spread": [270 + relus * 5e-3, 999 + relus * 5e-3],
             "online_bytes_up": 8 * (relus + squares), "online_bytes_down": 8 * (relus + squares), "streams": 1,
-            "preprocessing_bytes": {"dealer_to_client": 13_800_000 + 1_100 * relus}, "on_link_ms": LINKS[link].seconds(18, 8_940_000) * 1e3,
+            "preprocessing_bytes": {"dealer_to_client": 13_800_000 + 1_100 * relus},
+            "on_link_ms": LINKS[link].seconds(18, 4_480_000, 4_460_000) * 1e3,
             "limits": {"int64_ms": 40.0, "linear_ms": 20.0, "aes_ms": 1.0, "serialisation_ms": 2.0, "bandwidth_ms": 0.0,
                        "dealing_ms": 150.0},
             "timeline": {"client": timeline, "server": timeline, "layers": [{"layer": "input", **timeline}, {"layer": "relu", **timeline}]},

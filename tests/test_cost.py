@@ -56,15 +56,19 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_ms(plan: Plan, link: str = "wan") -> CostModel:
-    return cost_model("ms", plan, lambda rounds, count: 1000 * LINKS[link].seconds(rounds, count), COMPUTE_MS, RELU_MS)
+    return cost_model("ms", plan, lambda *traffic: 1000 * LINKS[link].seconds(*traffic), COMPUTE_MS, RELU_MS)
 
 
 def in_bytes(plan: Plan) -> CostModel:
-    return cost_model("bytes", plan, lambda _rounds, count: count)
+    return cost_model("bytes", plan, lambda _rounds, up, down: up + down)
 
 
 def compiled(model: nn.Module) -> Model:
     return compile_model(model, VALIDATION[:4].normalised(), name="m", classes=(), mean=MEAN, std=STD)
+
+
+def on_wan_ms(plan: Plan) -> float:
+    return 1000 * LINKS["wan"].seconds(plan.rounds, plan.online_bytes_up, plan.online_bytes_down)
 
 
 def bytes_of(plan: Plan) -> int:
@@ -87,8 +91,7 @@ def test_the_cost_model_counts_what_the_plan_counts() -> None:
     active = relus + layers["1"].count(SQUARE) + layers["8"].count(SQUARE)
     assert in_bytes(everything).total(2, active, relus) == bytes_of(plan)
     assert plan.rounds == everything.rounds - 1 == 1 + 2 + 2 * 2  # logits, layers, max pools
-    seconds = LINKS["wan"].seconds(plan.rounds, bytes_of(plan))
-    assert in_ms(everything).total(2, active, relus) == pytest.approx(COMPUTE_MS + RELU_MS * relus + 1000 * seconds)
+    assert in_ms(everything).total(2, active, relus) == pytest.approx(COMPUTE_MS + RELU_MS * relus + on_wan_ms(plan))
 
 
 def test_what_a_target_affords_costs_no_more() -> None:
@@ -186,7 +189,7 @@ def test_the_plan_of_the_network_meets_the_target(budget: int, unit: str, teache
         sent = infer(model, VALIDATION[:1].normalised().double())
         assert taken == sent.online_up.bytes + sent.online_down.bytes
     else:
-        taken, spare = COMPUTE_MS + RELU_MS * result.relus + 1000 * LINKS["wan"].seconds(plan.rounds, bytes_of(plan)), 1.0
+        taken, spare = COMPUTE_MS + RELU_MS * result.relus + on_wan_ms(plan), 1.0
     assert target - spare < taken <= target
     assert len(result.details["dropped"]) == (2 if unit == "ms" else 0)
     assert result.details[f"predicted_{unit}"] == pytest.approx(taken, abs=0.01)

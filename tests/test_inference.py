@@ -1,5 +1,10 @@
 """Every layer and whole networks: private results against exact integers, the simulation and CrypTen."""
 
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks.plaintext import Plaintext, rounding_bound
 from model_opt.activation import IDENTITY, RELU, SQUARE, PartialActivation
-from protocol.channel import memory_pair
+from protocol import ring
+from protocol.channel import Buffer, MemoryChannel, memory_pair
 from protocol.errors import InputError, MaterialError, PeerError, ProtocolViolation
 from protocol.inference import encode_images, infer, preprocess
+from protocol.material import Material
 from protocol.model import Model, save
 from protocol.online import online_client, online_server
 from protocol.plan import make_plan
@@ -143,6 +150,77 @@ def test_same_graph_on_crypten(which: str, images: Tensor, tmp_path: Path, reque
     expected = infer(model, normalise_images(pixels, model.public)).logits
     assert torch.allclose(torch.tensor(result["logits"]).double(), expected, atol=0.02)
     assert not result["hides_image_from_server"]
+
+
+class Pieces:
+    """A client's end of a connection on which d arrives cut at random bytes, and whose answers must begin before d is whole."""
+
+    def __init__(self, channel: MemoryChannel, seed: int) -> None:
+        self.channel, self.random = channel, random.Random(seed)
+        self.begun = 0
+
+    def send(self, *parts: Buffer, last: bool = True) -> None:
+        self.begun += 1
+        self.channel.send(*parts, last=last)
+
+    def receive(self, length: int) -> bytearray:
+        return self.channel.receive(length)
+
+    def pieces(self, length: int) -> Iterator[Buffer]:
+        data = self.channel.receive(length)
+        cuts = [0, *sorted(self.random.choices(range(length + 1), k=self.random.randrange(9))), length]
+        for first, last in pairwise(cuts):
+            before = self.begun
+            yield data[first:last]
+            assert self.begun - before == (last // 8 > first // 8)  # whole elements are answered at once
+
+
+@pytest.mark.parametrize(("which", "batch"), [("relu_model", 3), ("mixed_model", 1), ("mixed_model", 3)])
+def test_answers_piece_by_piece_are_the_same(which: str, batch: int, images: Tensor, request: pytest.FixtureRequest,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Model = request.getfixturevalue(which)
+    monkeypatch.setattr("protocol.dcf.BLOCK_KEYS", 50)  # pieces end inside blocks of keys, and span several
+    client, server, _ = preprocess(model, batch)
+    x_ring = ring.encode(images[:batch], model.public.fixed_point.activation_bits)
+    results = []
+    for seed in range(5):
+        halves = [Material(b"", half.plan, deepcopy(half._contents)) for half in (client, server)]  # for this comparison only
+        client_end, server_end = memory_pair()
+        with ThreadPoolExecutor() as pool:
+            serving = pool.submit(online_server, halves[1], server_graph(model), server_end)
+            results.append(online_client(halves[0], x_ring, Pieces(client_end, seed) if seed else client_end))
+            serving.result()
+    assert all(torch.equal(one, results[0]) for one in results)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "piece"), [(1e9, None), (1.005e5, 600), (1e3, 64)])
+def test_the_server_cuts_its_questions_as_the_link_suggests(bytes_per_s: float, piece: int | None, mixed_model: Model,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece for every PIECE_S that the last layer waited, but none below the least size."""
+    from protocol import online
+
+    now, sent = [0.0], [0]  # pieces of each message
+
+    class SlowLink:
+        def send(self, *parts: Buffer, last: bool = True) -> None:
+            sent[-1] += 1
+            if last:
+                sent.append(0)
+
+        def receive(self, length: int) -> bytearray:
+            now[0] += length / bytes_per_s
+            return bytearray(length)
+
+        def pieces(self, length: int) -> Iterator[Buffer]:
+            yield self.receive(length)
+
+    _, server, _ = preprocess(mixed_model, 1)
+    monkeypatch.setattr(online, "MIN_PIECE_BYTES", 64)
+    monkeypatch.setattr(online.time, "perf_counter", lambda: now[0])
+    online_server(server, server_graph(mixed_model), SlowLink())
+    sizes = [8 * step.active for step in server.plan.activations]
+    assert sent == [1, *(1 if piece is None else -(-size // piece) for size in sizes[1:]), 1, 0]
+    assert piece is None or max(sent) > 1
 
 
 @pytest.mark.parametrize(("which", "batch"), [("relu_model", 1), ("mixed_model", 3)])

@@ -64,8 +64,12 @@ def test_both_parts_of_the_squares(batch: int, pixels: int, bits: int, factors: 
     kernels.square_server(d.numpy(), second.numpy(), _array(factor), bits, _array(constant), server.numpy())
     expected = ring.truncate_local((y + (d + second) ** 2) * by, bits, Party.SERVER)
     assert torch.equal(server, expected if constant is None else expected + constant)
-    kernels.square_client(d.numpy(), second.numpy(), _array(factor), bits, third.numpy(), client.numpy())
-    assert torch.equal(client, ring.truncate_local((y + second * d) * by, bits, Party.CLIENT) - third)
+    first = seed % client.numel()  # any run of elements
+    runs = [t.flatten()[first:] for t in (d, second, third, client)]
+    kernels.square_client(runs[0].numpy(), runs[1].numpy(), _array(factor), first, bits, runs[2].numpy(), runs[3].numpy())
+    expected = ring.truncate_local((y + second * d) * by, bits, Party.CLIENT) - third
+    assert torch.equal(client.flatten()[first:], expected.flatten()[first:])
+    assert torch.equal(client.flatten()[:first], y.flatten()[:first])
 
 
 @pytest.mark.usefixtures("digits_pay")

@@ -109,8 +109,8 @@ def test_a_link_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path, monkey
 
 
 def test_time_on_a_link() -> None:
-    assert LINKS["wan"].seconds(18, 10_000_000) == pytest.approx(18 * 0.08 + 0.8)
-    assert LINKS["loopback"].seconds(18, 10**9) == 0
+    assert LINKS["wan"].seconds(18, 10_000_000, 9_000_000) == pytest.approx(18 * 0.08 + 0.8)
+    assert LINKS["loopback"].seconds(18, 10**9, 10**9) == 0
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

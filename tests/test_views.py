@@ -29,9 +29,11 @@ class Recorder(MemoryPipe):
         super().__init__()
         self.seen: list[bytes] = []
 
-    def send(self, *parts: bytes | bytearray | memoryview) -> None:
-        self.seen.append(b"".join(parts))
-        super().send(*parts)
+    def send(self, *parts: bytes | bytearray | memoryview, last: bool = True) -> None:
+        if not self._begun:
+            self.seen.append(b"")
+        self.seen[-1] += b"".join(parts)
+        super().send(*parts, last=last)
 
 
 def run(model: Model, x: Tensor) -> tuple[list[bytes], list[bytes]]:

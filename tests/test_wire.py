@@ -37,6 +37,27 @@ def test_sender_and_receiver_agree_and_count() -> None:
     assert sender.bytes == back.bytes < CHUNK_BYTES * 1.01
 
 
+def test_a_message_is_sent_and_read_in_pieces() -> None:
+    sent: list[Chunk] = []
+    sender = ChunkSender(sent.append)
+    for piece, last in ((b"ab", False), (bytes(CHUNK_BYTES + 1), False), (b"c", True), (b"d", True)):
+        sender.send(piece, last=last)
+    assert [(c.sequence, len(c.data), c.last) for c in sent] == [
+        (0, 2, False), (0, CHUNK_BYTES, False), (0, 1, False), (0, 1, True), (1, 1, True)]
+    back = receiver(sent)
+    assert [len(piece) for piece in back.pieces(CHUNK_BYTES + 4)] == [2, CHUNK_BYTES, 1, 1]
+    assert back.receive(1) == b"d" and back.bytes == sender.bytes
+
+
+@pytest.mark.parametrize(("name", "good"), [("too long", 0), ("too short", 0), ("too long over chunks", 1), ("out of order", 0),
+                                            ("next message inside this one", 1), ("empty chunk", 0)])
+def test_no_piece_of_a_bad_message_is_handed_out_from_where_it_is_bad(name: str, good: int) -> None:
+    pieces = receiver(BAD[name]).pieces(4)
+    assert len([next(pieces) for _ in range(good)]) == good
+    with pytest.raises(ProtocolViolation):
+        next(pieces)
+
+
 GOOD = [Chunk(sequence=0, data=b"ab"), Chunk(sequence=0, data=b"cd", last=True)]
 BAD = {
     "too long": [Chunk(sequence=0, data=b"abcde", last=True)],

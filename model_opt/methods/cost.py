@@ -5,10 +5,10 @@ with neither costs no round trip. The online latency of a network is therefore
 
     compute (measured here, on the teacher) + time per ReLU x ReLUs + rounds x RTT + bytes / bandwidth,
 
-with rounds and bytes from the protocol's own plan, max pools included. Two choices meet the target. Layers are dropped, that is, made
-linear, in the order of the harm they add per cost they save; of the networks on the way the least harmful is trained, with as many
-ReLUs as fit at its best pixels (AutoReP). When these are chosen, the squares that matter least become lines, pixel by pixel, until no
-more pixels are active than the target pays for.
+with rounds and bytes, those of the busier direction, from the protocol's own plan, max pools included. Two choices meet the target.
+Layers are dropped, that is, made linear, in the order of the harm they add per cost they save; of the networks on the way the least
+harmful is trained, with as many ReLUs as fit at its best pixels (AutoReP). When these are chosen, the squares that matter least become
+lines, pixel by pixel, until no more pixels are active than the target pays for.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ TIMING_SHIFT = 12
 """Nearly lines, so that an untrained network of squares stays in range."""
 RELU_SHARE = 0.02
 """Squares become lines, and layers are dropped, rather than that fewer ReLUs than this share of the pixels fit."""
-PIXEL_BYTES = 2 * ring.ELEMENT_BYTES
-"""Of an active pixel, a square or a ReLU: one element each way."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +117,15 @@ def _count(amount: float, price: float, most: int) -> int:
     return int(min(amount / price, most)) if price else most
 
 
-def cost_model(unit: str, plan: Plan, price: Callable[[int, int], float], compute: float = 0.0, relu: float = 0.0) -> CostModel:
-    """From the plan of a network without identities and a price of rounds and bytes; compute, relu: measured."""
+def cost_model(unit: str, plan: Plan, price: Callable[[int, int, int], float], compute: float = 0.0, relu: float = 0.0) -> CostModel:
+    """From the plan of a network without identities and a price of rounds, bytes up and bytes down; compute, relu: measured.
+
+    An active pixel, a square or a ReLU, is one element each way.
+    """
     masks = plan.model.masks.values()
-    rest = plan.online_bytes_up + plan.online_bytes_down - PIXEL_BYTES * sum(mask.numel() for mask in masks)
-    return CostModel(unit, compute + price(plan.rounds - len(masks), rest), price(1, 0), price(0, PIXEL_BYTES), relu)
+    pixels = ring.ELEMENT_BYTES * sum(mask.numel() for mask in masks)
+    fixed = price(plan.rounds - len(masks), plan.online_bytes_up - pixels, plan.online_bytes_down - pixels)
+    return CostModel(unit, compute + fixed, price(1, 0, 0), price(0, ring.ELEMENT_BYTES, ring.ELEMENT_BYTES), relu)
 
 
 def _compiled(task: Task, kind: int) -> Model:
@@ -138,7 +140,7 @@ def _compiled(task: Task, kind: int) -> Model:
 def measure(task: Task, options: Options) -> CostModel:
     """Bytes from the plan alone; for ms the compute of this machine too: in process, squares or ReLUs everywhere, medians of RUNS."""
     if options.target_bytes:
-        return cost_model("bytes", make_plan(_compiled(task, RELU).public, 1), lambda _rounds, count: count)
+        return cost_model("bytes", make_plan(_compiled(task, RELU).public, 1), lambda _rounds, up, down: up + down)
     compute = []
     for kind in (SQUARE, RELU):
         model = _compiled(task, kind)
@@ -153,7 +155,7 @@ def measure(task: Task, options: Options) -> CostModel:
         compute.append(statistics.median(times[1:]))
     relu = max(compute[1] - compute[0], 1e-6) / model.public.relus
     link = LINKS[options.link]
-    return cost_model("ms", make_plan(model.public, 1), lambda rounds, count: 1000 * link.seconds(rounds, count), compute[0], relu)
+    return cost_model("ms", make_plan(model.public, 1), lambda *traffic: 1000 * link.seconds(*traffic), compute[0], relu)
 
 
 def line_scores(model: nn.Module, sample: Split) -> dict[str, Tensor]:
