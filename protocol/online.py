@@ -4,13 +4,12 @@ Client to server: the masked input x - r_0, then M = y_C - r' per activation lay
 layer, then its share of the logits. d is masked by alpha or A, M and the input by fresh masks, so that each party sees
 uniform ring elements only; the logits are revealed to the client alone.
 
-Each element of M depends on the same element of d alone. On slow links d is sent in pieces, and the client answers each when it
-arrives: both directions are then busy at once.
+Each element of M depends on the same element of d alone, so the client answers d as it arrives, piece by piece: on a slow link both
+directions are then busy at once.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,11 +29,6 @@ from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
 from protocol.timeline import Timeline
 
-FIRST_PIECE_BYTES = 1 << 17
-"""Of the first layer's d, when the link is not known yet."""
-PIECE_S = 6e-3
-"""What a piece is to take there and back, at the rate of the fastest layer so far: finer ones do not pay for their own handling."""
-MIN_PIECE_BYTES = 1 << 13
 _NONE = np.empty(0, np.int64)
 
 
@@ -76,24 +70,6 @@ class _ServerPass:
     def __init__(self, plan: Plan, contents: ServerContents, channel: Channel, timeline: Timeline) -> None:
         self.plan, self.channel, self.timeline = plan, channel, timeline
         self.linear, self.remask, self.activations = iter(contents.linear), iter(contents.remask), iter(contents.activations)
-        self._bytes_per_s, self._sending_s = 0.0, 0.0
-
-    def ask(self, d: Tensor) -> None:
-        """Send a layer's d, in pieces if the link is slow."""
-        data, started = ring.to_bytes(d), time.perf_counter()
-        piece = max(int(PIECE_S * self._bytes_per_s) or FIRST_PIECE_BYTES, MIN_PIECE_BYTES) // ELEMENT_BYTES * ELEMENT_BYTES
-        for start in range(0, len(data), piece):
-            self.channel.send(data[start : start + piece], last=start + piece >= len(data))
-        self._sending_s = time.perf_counter() - started
-        self.timeline.lap("send")
-
-    def answer(self, shape: tuple[int, ...]) -> Tensor:
-        """The client's M."""
-        length, started = ELEMENT_BYTES * torch.Size(shape).numel(), time.perf_counter()
-        data = self.channel.receive(length)
-        self._bytes_per_s = max(self._bytes_per_s, length / (self._sending_s + time.perf_counter() - started))
-        self.timeline.lap("wait")
-        return ring.from_bytes(data, shape)
 
     @property
     def fixed_point(self) -> FixedPoint:
@@ -138,7 +114,8 @@ class ServerTensor(RingTensor):
         active = None if layer.all_active else layer.active
         kernels.open_share(_array(share), _array(shift).reshape(-1), bits, _array(active), half.opening.numpy(), d.numpy())
         session.timeline.lap("elementwise")
-        session.ask(d)
+        session.channel.send(ring.to_bytes(d))
+        session.timeline.lap("send")
         if step.squares:
             added = None if constant is None else gather(constant[None], layer.active, layer.all_active)[0]
             kernels.square_server(d.numpy(), half.opening.numpy(), _array(layer.factor_of_active), scale + layer.c2_shift, _array(added),
@@ -149,8 +126,10 @@ class ServerTensor(RingTensor):
             kept = relu_share(opened, half.relu, session.plan.comparison_bits, Party.SERVER)
             put(y, layer.relu_in_active, False, kept.view(batch, -1))
             session.timeline.lap("comparison")
-        y += session.answer(tuple(y.shape))
+        answer = ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
+        session.timeline.lap("wait")
         session.timeline.close(layer.name)
+        y += answer
         if layer.all_active:
             data = y
         else:

@@ -36,12 +36,12 @@ def check_bytes(value: bytes, length: int, name: str) -> bytes:
     return value
 
 
-def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True) -> Iterator[Chunk]:
+def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Cut one logical message, the concatenation of `parts`; without `last` its beginning, which is not empty."""
     views = [memoryview(part) for part in parts]
     left = sum(map(len, views))
     pending: list[memoryview] = []
-    room = CHUNK_BYTES
+    room = chunk_bytes
     for view in views:
         while len(view):
             piece, view = view[:room], view[room:]
@@ -50,27 +50,28 @@ def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True) -> It
             left -= len(piece)
             if room == 0 and left:
                 yield Chunk(sequence=sequence, data=b"".join(pending))
-                pending, room = [], CHUNK_BYTES
+                pending, room = [], chunk_bytes
     yield Chunk(sequence=sequence, last=last, data=b"".join(pending))
 
 
 class ChunkSender:
-    """`protocol.channel.Sender` over a function that transmits one chunk."""
+    """`protocol.channel.Outgoing` over a function that transmits one chunk. chunk_bytes: of the largest chunk, CHUNK_BYTES at most."""
 
     def __init__(self, transmit: Callable[[Chunk], None]) -> None:
         self._transmit = transmit
         self._sequence = 0
+        self.chunk_bytes = CHUNK_BYTES
         self.bytes = 0
 
     def send(self, *parts: Buffer, last: bool = True) -> None:
-        for chunk in to_chunks(self._sequence, parts, last):
+        for chunk in to_chunks(self._sequence, parts, last, self.chunk_bytes):
             self.bytes += chunk.ByteSize() + FRAME_BYTES
             self._transmit(chunk)
         self._sequence += last
 
 
 class ChunkReceiver:
-    """`protocol.channel.Receiver` over a function that waits for the next chunk."""
+    """`protocol.channel.Incoming` over a function that waits for the next chunk."""
 
     def __init__(self, wait: Callable[[], Chunk]) -> None:
         self._wait = wait

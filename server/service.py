@@ -13,7 +13,6 @@ import grpc
 
 from protocol import relucent_pb2 as pb
 from protocol import relucent_pb2_grpc as rpc
-from protocol.channel import Duplex
 from protocol.dealing import DealtToServer
 from protocol.errors import AccessDenied, ModelMismatch, PeerError, ProtocolViolation, ResourceLimit
 from protocol.online import online_server
@@ -49,6 +48,7 @@ from protocol.wire import (
 )
 from server.catalogue import Catalogue, HostedModel, Published
 from server.metrics import Metrics
+from server.pacing import Paced
 from server.sessions import Sessions
 from server.state import State
 from server.stock import Stock
@@ -238,7 +238,7 @@ class InferenceService(rpc.InferenceServicer):  # type: ignore[misc]
                 context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
             except grpc.RpcError:  # the call was cancelled while it waited for its turn
                 raise PeerError("the caller went away") from None
-            channel = Duplex(ChunkSender(session.send), ChunkReceiver(lambda: next_kind(session.incoming, "chunk")))
+            channel = Paced(ChunkSender(session.send), ChunkReceiver(lambda: next_kind(session.incoming, "chunk")))
             timed = self._limits.timelines and opening.timeline
             timeline = Timeline(time.perf_counter if timed else None, started)
             timeline.lap("setup")

@@ -193,36 +193,6 @@ def test_answers_piece_by_piece_are_the_same(which: str, batch: int, images: Ten
     assert all(torch.equal(one, results[0]) for one in results)
 
 
-@pytest.mark.parametrize(("bytes_per_s", "piece"), [(1e9, None), (1.005e5, 600), (1e3, 64)])
-def test_the_server_cuts_its_questions_as_the_link_suggests(bytes_per_s: float, piece: int | None, mixed_model: Model,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """A piece for every PIECE_S that the last layer waited, but none below the least size."""
-    from protocol import online
-
-    now, sent = [0.0], [0]  # pieces of each message
-
-    class SlowLink:
-        def send(self, *parts: Buffer, last: bool = True) -> None:
-            sent[-1] += 1
-            if last:
-                sent.append(0)
-
-        def receive(self, length: int) -> bytearray:
-            now[0] += length / bytes_per_s
-            return bytearray(length)
-
-        def pieces(self, length: int) -> Iterator[Buffer]:
-            yield self.receive(length)
-
-    _, server, _ = preprocess(mixed_model, 1)
-    monkeypatch.setattr(online, "MIN_PIECE_BYTES", 64)
-    monkeypatch.setattr(online.time, "perf_counter", lambda: now[0])
-    online_server(server, server_graph(mixed_model), SlowLink())
-    sizes = [8 * step.active for step in server.plan.activations]
-    assert sent == [1, *(1 if piece is None else -(-size // piece) for size in sizes[1:]), 1, 0]
-    assert piece is None or max(sent) > 1
-
-
 @pytest.mark.parametrize(("which", "batch"), [("relu_model", 1), ("mixed_model", 3)])
 def test_bytes_and_rounds_are_those_of_the_protocol(which: str, batch: int, images: Tensor, request: pytest.FixtureRequest) -> None:
     """Online: 8 (input + logits) + 16 per activation, one round trip per activation layer and the logits."""

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from protocol.errors import ProtocolViolation, VersionMismatch
 from protocol.relucent_pb2 import Chunk
 from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version, to_chunks
+from server import pacing
+from server.pacing import Paced
 
 
 def receiver(chunks: list[Chunk]) -> ChunkReceiver:
@@ -85,6 +87,32 @@ def test_repeated_message_is_refused() -> None:
     channel.receive(4)
     with pytest.raises(ProtocolViolation, match="where 1 is due"):
         channel.receive(4)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "piece"), [(1e9, CHUNK_BYTES), (1e7, 60_000), (1e5, pacing.MIN_PIECE_BYTES)])
+def test_the_server_cuts_as_finely_as_the_link_is_slow(bytes_per_s: float, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece takes PIECE_S there and back, unless that were less than the least size or more than a chunk."""
+    now, sizes = 0.0, (3 << 20, 100_000, 3 << 20)
+    sent: list[Chunk] = []
+
+    def wait() -> Chunk:
+        nonlocal now
+        now += len(arriving[0].data) / bytes_per_s
+        return arriving.pop(0)
+
+    arriving = list(to_chunks(0, (bytes(24_000),)))
+    monkeypatch.setattr("server.pacing.time.perf_counter", lambda: now)
+    channel = Paced(ChunkSender(sent.append), ChunkReceiver(wait))
+    now = 60.0  # until the input comes: no sign of a slow link
+    channel.receive(24_000)
+    for sequence, size in enumerate(sizes):
+        channel.send(bytes(size))
+        now += 1.0 if sequence == 1 else 0.0  # one exchange is held up
+        arriving += to_chunks(sequence + 1, (bytes(size),))
+        channel.receive(size)
+    for sequence, (size, expected) in enumerate(zip(sizes, (pacing.FIRST_PIECE_BYTES, piece, piece))):
+        cut = [len(chunk.data) for chunk in sent if chunk.sequence == sequence]
+        assert sum(cut) == size and all(one == pytest.approx(expected, abs=8) for one in cut[:-1]) and cut[-1] <= expected
 
 
 def test_versions_and_lengths() -> None:
