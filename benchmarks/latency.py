@@ -107,9 +107,9 @@ def add_bytes(layers: list[dict[str, Any]], plan: Plan) -> None:
 def _split_layer(client: dict[str, Any], server: dict[str, Any], streams: int) -> dict[str, float]:
     """Milliseconds of a layer at the server by kind, its waiting split.
 
-    From the server's message to the answer pass the way there, the client's work and the way back; the server works meanwhile, then
-    waits. Both ways take alike: what they take together is wait + own work - client's work, and of the way there only what the server's own
-    work does not cover is waited for.
+    From the server's message to the answer pass the way there, the client's work and the way back, one after another but where a slow link
+    carries both ways at once; the server works meanwhile, then waits. Both ways take alike: what they take together is wait + own work -
+    client's work, and of the way there only what the server's own work does not cover is waited for.
     """
     if client["layer"] != server["layer"]:
         raise PeerError("the two parties' timelines do not fit")
@@ -192,7 +192,7 @@ def measure(model: Model, network: str, width: int, *, batch: int, runs: int, cr
         "online_tcp_bytes": last_online["tcp_bytes"],
         "preprocessing_tcp_bytes": last_pre["tcp_bytes"] + last_pre["dealer_to_server_bytes"],
         "link": link.name, "emulation": way.emulation, "streams": last_online["streams"],
-        "on_link_ms": round(1e3 * link.seconds(last_online["rounds"], last_online["bytes_up"], last_online["bytes_down"]), 2),
+        "on_link_ms": round(1e3 * link.least(*(last_online[key] for key in ("rounds", "bytes_up", "bytes_down", "streams"))), 2),
         "timeline": timelines(private["online"][1:]), "preprocessing_timeline": preprocessing_timelines(private["preprocessing"][1:]),
         "rounds": last_online["rounds"], "max_abs_error": max(errors), "rounding_bound": bound,
         "agreement": hits / compared, "peak_rss_mb": memory, **facts,

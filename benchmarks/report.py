@@ -285,11 +285,13 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
                     "preprocessing ms", "preprocessing MB", "total ms", "images/s online", "n"), lines)
     links = [f"{name}: {1e3 * m['rtt_s']:.2f} ms, {m['bits_per_s'] / 1e6:.0f} Mbit/s ({m.get('emulation', 'relay')})"
              for name, m in sweep.get("links", {}).items()]
-    notes = ["", "Foretold: rounds x RTT + bytes of the busier direction / bandwidth + the online time on loopback."]
-    astray = [f"{r['relus']:,} ReLUs, {r['link']}" for r in sweep["rows"]
+    notes = ["", "Foretold: the online time on loopback + rounds x RTT + bytes / bandwidth: on WAN and mobile the bytes of the busier "
+             "direction, as both are busy at once, but for 3 ms a round; on the LAN, where they take turns, all."]
+    astray = [f"{r['relus']:,} ReLUs, {r['squares']:,} squares, {_named(r)}, batch {r['batch']}, {r['link']}" for r in sweep["rows"]
               if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]
     if astray:
-        notes.append(f"More than {FORETOLD:.0%} from it: {'; '.join(astray)}; what exceeds it is in the parts of their timelines.")
+        notes.append(f"More than {FORETOLD:.0%} from it: {'; '.join(astray)}; what exceeds it is in the parts of their timelines; "
+                     "in batches one stream computes while the other waits for the link.")
     timelines = [r["timeline"] for r in sweep["rows"]]
     if covered := [min(timeline["coverage"].values()) for timeline in timelines if "coverage" in timeline]:
         below = [f"{r['relus']:,} ReLUs, {_named(r)}, batch {r['batch']}, {r['link']}: {min(r['timeline']['coverage'].values()):.1%}"
@@ -370,8 +372,8 @@ def limits_table(sweep: dict[str, Any]) -> list[str]:
                       f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x",
                       f"{r['online_ms'] / (r['plaintext_ms'] + r['on_link_ms']):.1f}x"])
     return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms (the least seen)",
-                   "AES of one party ms", "serialisation ms", "bytes / bandwidth ms", "with rounds x RTT ms", "online ms",
-                   "of our convolutions + AES + link", "of plaintext + link"), lines)
+                   "AES of one party ms", "serialisation ms", "bytes of the busier direction / bandwidth ms", "with rounds x RTT ms",
+                   "online ms", "of our convolutions + AES + link", "of plaintext + link"), lines)
 
 
 def targets_table(sweep: dict[str, Any]) -> list[str]:

@@ -121,16 +121,17 @@ def seconds_on(link: Link, plan: Plan) -> float:
     """Least time of one inference, preprocessing included, between the client and the other two."""
     up = sum(ELEMENT_BYTES * s.active for s in plan.activations)
     dealt = sum(plan.key_bytes(s) + ELEMENT_BYTES * (s.squares + 2 * s.relus) for s in plan.activations)
-    return link.seconds(0, up, dealt) + link.seconds(plan.rounds, plan.online_bytes_up, plan.online_bytes_down)
+    return link.least(0, up, dealt) + link.least(plan.rounds, plan.online_bytes_up, plan.online_bytes_down)
 
 
 def predict(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row on an emulated link what rounds x RTT + bytes / bandwidth + the same work on loopback foretell, "predicted_ms"."""
+    """Adds to each row on an emulated link what rounds and bytes on it and the same work on loopback foretell, "predicted_ms"."""
     same = ("network", "width", "relus", "squares", "batch")
     for row in rows:
         twin = next((r for r in rows if r["link"] == "loopback" and all(r[key] == row[key] for key in same)), None)
         if twin is not None and twin is not row:
-            row["predicted_ms"] = round(row["on_link_ms"] + twin["online_ms"], 1)
+            on_link = LINKS[row["link"]].seconds(row["rounds"], row["online_bytes_up"], row["online_bytes_down"], row["streams"])
+            row["predicted_ms"] = round(1e3 * on_link + twin["online_ms"], 1)
 
 
 def fit_growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def limits(model: Model, batch: int, link: Link) -> dict[str, float]:
     return {"int64_ms": _ms(linear_seconds(model, batch, whole=True)), "linear_ms": _ms(linear_seconds(model, batch)),
             "aes_blocks": blocks, "aes_ms": _ms(16 * blocks / aes_bytes_per_s()),
             "serialisation_ms": _ms(serialisation_seconds(plan)), "dealing_ms": _ms(dealing_seconds(plan)),
-            "online_payload_bytes": up + down, "bandwidth_ms": _ms(link.seconds(0, up, down))}
+            "online_payload_bytes": up + down, "bandwidth_ms": _ms(link.least(0, up, down))}
 
 
 def _ms(seconds: float) -> float:

@@ -24,6 +24,7 @@ class Receiver(Protocol):
     def receive(self, length: int) -> bytearray:
         """The next message. Raises ProtocolViolation unless it has exactly `length` bytes, PeerError if the peer is gone."""
 
+
 class Outgoing(Sender, Protocol):
     """A sender of messages that may be handed over in pieces."""
 

@@ -157,12 +157,12 @@ def online_server(material: Material[ServerContents], graph: Any, channel: Chann
 
 
 def _arriving(channel: Channel, d: Tensor) -> Iterator[tuple[int, int]]:
-    """Fills d, flat, with the next message; after every piece from where and to where it has become whole elements."""
+    """Fills d, flat, with the next message; after every piece from where to where it has become whole. An empty d is one piece."""
     data, there, done = ring.to_bytes(d), 0, 0
     for piece in channel.pieces(len(data)):
         data[there : there + len(piece)] = piece
         there += len(piece)
-        if there // ELEMENT_BYTES > done:
+        if there // ELEMENT_BYTES > done or not len(d):
             yield done, there // ELEMENT_BYTES
             done = there // ELEMENT_BYTES
 
@@ -170,10 +170,13 @@ def _arriving(channel: Channel, d: Tensor) -> Iterator[tuple[int, int]]:
 def _chosen(columns: Tensor, width: int, first: int, last: int) -> tuple[int, Tensor]:
     """Of rows of `width` elements, one after another: which of elements first to last - 1 lie in these columns, counted from
     `first`, and how many do before them. columns: sorted."""
-    rows = range(first // width, -(-last // width))
-    everywhere = (width * torch.arange(rows.start, rows.stop)[:, None] + columns).flatten()
-    start, stop = torch.searchsorted(everywhere, torch.tensor([first, last])).tolist()
-    return rows.start * len(columns) + start, everywhere[start:stop] - first
+    found: list[Tensor] = []
+    before = 0
+    for row in range(first // width, -(-last // width)):
+        start, stop = torch.searchsorted(columns, torch.tensor([first, last]) - row * width).tolist()
+        before = before if found else row * len(columns) + start
+        found.append(columns[start:stop] + (row * width - first))
+    return before, torch.cat(found)
 
 
 def _answer(half: ClientActivation, d: Tensor, first: int, plan: Plan, timeline: Timeline) -> Tensor:

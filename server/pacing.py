@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from protocol.channel import Buffer, Duplex
+from protocol.ring import ELEMENT_BYTES
 from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender
 
 FIRST_PIECE_BYTES = 1 << 17
@@ -37,5 +38,5 @@ class Paced(Duplex[ChunkSender, ChunkReceiver]):
         data = super().receive(length)
         if self._sending_s is not None:  # not of the input, which answers nothing
             self._fastest = max(self._fastest, length / (self._sending_s + time.perf_counter() - started))
-            self.outgoing.chunk_bytes = min(max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES), CHUNK_BYTES) & -8
+            self.outgoing.chunk_bytes = min(max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES), CHUNK_BYTES) & -ELEMENT_BYTES
         return data

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from protocol.channel import Buffer, MemoryChannel, memory_pair
 from protocol.errors import InputError, MaterialError, PeerError, ProtocolViolation
 from protocol.inference import encode_images, infer, preprocess
 from protocol.material import Material
-from protocol.model import Model, save
+from protocol.model import Model, Node, save
 from protocol.online import online_client, online_server
 from protocol.plan import make_plan
 from protocol.simulation import server_graph, simulate
@@ -152,6 +153,21 @@ def test_same_graph_on_crypten(which: str, images: Tensor, tmp_path: Path, reque
     assert not result["hides_image_from_server"]
 
 
+def with_public_factors(images: Tensor) -> Model:
+    model = build_compiled(single_activation(None, 6), images.float(), classes=())
+    nodes = tuple(Node(n.name, n.op, n.inputs, n.attrs | {"c2_factor": [3, -5, 7]}) if n.op == "activation" else n
+                  for n in model.public.nodes)
+    return Model(replace(model.public, nodes=nodes), model.private)
+
+
+def with_nothing_active(images: Tensor) -> Model:
+    """A layer of identities, which a file may have though our compiler leaves it out."""
+    model = build_compiled(single_activation(RELU), images.float(), classes=())
+    masks = {name: torch.zeros_like(mask) for name, mask in model.public.masks.items()}
+    assert IDENTITY == 0
+    return Model(replace(model.public, masks=masks), model.private)
+
+
 class Pieces:
     """A client's end of a connection on which d arrives cut at random bytes, and whose answers must begin before d is whole."""
 
@@ -168,17 +184,22 @@ class Pieces:
 
     def pieces(self, length: int) -> Iterator[Buffer]:
         data = self.channel.receive(length)
-        cuts = [0, *sorted(self.random.choices(range(length + 1), k=self.random.randrange(9))), length]
+        cuts = [0, *sorted(self.random.choices(range(length + 1), k=self.random.randrange(9) if length else 0)), length]
         for first, last in pairwise(cuts):
             before = self.begun
             yield data[first:last]
-            assert self.begun - before == (last // 8 > first // 8)  # whole elements are answered at once
+            assert self.begun - before == (last // 8 > first // 8 or not length)  # whole elements are answered at once
 
 
-@pytest.mark.parametrize(("which", "batch"), [("relu_model", 3), ("mixed_model", 1), ("mixed_model", 3)])
+@pytest.mark.parametrize(("which", "batch"), [("relu_model", 3), ("mixed_model", 1), ("mixed_model", 3), ("factors", 3), ("no layer", 1)])
 def test_answers_piece_by_piece_are_the_same(which: str, batch: int, images: Tensor, request: pytest.FixtureRequest,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Model = request.getfixturevalue(which)
+    if which == "factors":
+        model = with_public_factors(images)
+    elif which == "no layer":
+        model = with_nothing_active(images)
+    else:
+        model = request.getfixturevalue(which)
     monkeypatch.setattr("protocol.dcf.BLOCK_KEYS", 50)  # pieces end inside blocks of keys, and span several
     client, server, _ = preprocess(model, batch)
     x_ring = ring.encode(images[:batch], model.public.fixed_point.activation_bits)
@@ -299,15 +320,8 @@ def test_wrong_images_are_refused(bad: Tensor, mixed_model: Model) -> None:
 
 def test_coefficients_per_channel_with_public_factor(images: Tensor) -> None:
     """A model with one public c2 per channel (AutoReP as published) runs on the same protocol."""
-    from dataclasses import replace
-
-    from protocol.model import Node
-
-    model = build_compiled(single_activation(None, 6), images.float(), classes=())
-    nodes = tuple(Node(n.name, n.op, n.inputs, n.attrs | {"c2_factor": [3, -5, 7]}) if n.op == "activation" else n
-                  for n in model.public.nodes)
-    changed = Model(replace(model.public, nodes=nodes), model.private)
-    unit = 2.0**-model.public.fixed_point.activation_bits
+    changed = with_public_factors(images)
+    unit = 2.0**-changed.public.fixed_point.activation_bits
     private = infer(changed, images).logits
     assert float((private - simulate(changed, images)).abs().max()) <= unit
     assert torch.allclose(private, Plaintext(changed, torch.float64)(images), atol=8 * unit)

@@ -109,7 +109,11 @@ def test_a_link_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path, monkey
 
 
 def test_time_on_a_link() -> None:
-    assert LINKS["wan"].seconds(18, 10_000_000, 9_000_000) == pytest.approx(18 * 0.08 + 0.8)
+    assert LINKS["wan"].least(18, 10_000_000, 9_000_000) == pytest.approx(18 * 0.08 + 0.8)
+    assert LINKS["wan"].seconds(18, 10_000_000, 9_000_000) == pytest.approx(18 * 0.083 + 0.8)
+    assert LINKS["wan"].least(18, 10_000_000, 9_000_000, 2) == pytest.approx(18 * 0.08 + 0.4)  # one stream waits while the other sends
+    assert LINKS["wan"].least(18, 10**8, 0, 2) == pytest.approx(0.08 + 8)
+    assert LINKS["lan"].seconds(18, 10_000_000, 9_000_000) == pytest.approx(18 * 0.0005 + 19 * 0.008)
     assert LINKS["loopback"].seconds(18, 10**9, 10**9) == 0
 
 

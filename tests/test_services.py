@@ -748,6 +748,20 @@ def test_failures_are_logged_under_the_id_that_the_caller_sees(serve: Serve, rel
         logging.getLogger("relucent").removeHandler(handler)
 
 
+def test_what_the_server_cuts_the_client_answers_piece_by_piece(serve: Serve, mixed_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from protocol.plan import make_plan
+
+    monkeypatch.setattr("server.pacing.FIRST_PIECE_BYTES", 64)
+    with serve(mixed_model).client() as client:
+        agrees(client, mixed_model)
+        plan, cost = make_plan(mixed_model.public, 1), client.last_online
+    assert cost is not None
+    pieces = 8 * plan.activations[0].active // 64
+    assert pieces > 4 * plan.rounds
+    assert cost.bytes_up - plan.online_bytes_up > FRAME_BYTES * pieces
+    assert cost.bytes_down - plan.online_bytes_down > FRAME_BYTES * pieces
+
+
 def test_framing_is_below_one_percent_for_large_layers() -> None:
     chunks = list(to_chunks(300, (bytes(512 * 1024),)))
     total = sum(c.ByteSize() + FRAME_BYTES for c in chunks)

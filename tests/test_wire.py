@@ -92,22 +92,22 @@ def test_repeated_message_is_refused() -> None:
 @pytest.mark.parametrize(("bytes_per_s", "piece"), [(1e9, CHUNK_BYTES), (1e7, 60_000), (1e5, pacing.MIN_PIECE_BYTES)])
 def test_the_server_cuts_as_finely_as_the_link_is_slow(bytes_per_s: float, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece takes PIECE_S there and back, unless that were less than the least size or more than a chunk."""
-    now, sizes = 0.0, (3 << 20, 100_000, 3 << 20)
+    now, held_up_s, sizes = 0.0, 0.0, (3 << 20, 100_000, 3 << 20)
     sent: list[Chunk] = []
 
-    def wait() -> Chunk:
+    def take_time(chunk: Chunk) -> Chunk:
         nonlocal now
-        now += len(arriving[0].data) / bytes_per_s
-        return arriving.pop(0)
+        now += len(chunk.data) / 2 / bytes_per_s + held_up_s  # half of an exchange's time is sending
+        return chunk
 
     arriving = list(to_chunks(0, (bytes(24_000),)))
     monkeypatch.setattr("server.pacing.time.perf_counter", lambda: now)
-    channel = Paced(ChunkSender(sent.append), ChunkReceiver(wait))
+    channel = Paced(ChunkSender(lambda chunk: sent.append(take_time(chunk))), ChunkReceiver(lambda: take_time(arriving.pop(0))))
     now = 60.0  # until the input comes: no sign of a slow link
     channel.receive(24_000)
     for sequence, size in enumerate(sizes):
+        held_up_s = 1.0 if sequence == 1 else 0.0  # one exchange is slower than the link
         channel.send(bytes(size))
-        now += 1.0 if sequence == 1 else 0.0  # one exchange is held up
         arriving += to_chunks(sequence + 1, (bytes(size),))
         channel.receive(size)
     for sequence, (size, expected) in enumerate(zip(sizes, (pacing.FIRST_PIECE_BYTES, piece, piece))):

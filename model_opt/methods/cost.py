@@ -5,7 +5,7 @@ with neither costs no round trip. The online latency of a network is therefore
 
     compute (measured here, on the teacher) + time per ReLU x ReLUs + rounds x RTT + bytes / bandwidth,
 
-with rounds and bytes, those of the busier direction, from the protocol's own plan, max pools included. Two choices meet the target.
+with rounds and bytes from the protocol's own plan, max pools included (`protocol.links`: which bytes count). Two choices meet the target.
 Layers are dropped, that is, made linear, in the order of the harm they add per cost they save; of the networks on the way the least
 harmful is trained, with as many ReLUs as fit at its best pixels (AutoReP). When these are chosen, the squares that matter least become
 lines, pixel by pixel, until no more pixels are active than the target pays for.
