@@ -15,6 +15,8 @@ from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender
 FIRST_PIECE_BYTES = 1 << 17
 """When the link is not known yet."""
 MIN_PIECE_BYTES = 1 << 13
+MAX_PIECE_BYTES = 1 << 18
+"""A link on which pieces would be larger is fast: nothing is cut."""
 PIECE_S = 6e-3
 """What a piece is to take there and back, at the rate of the fastest exchange so far: finer ones do not pay for their own handling."""
 
@@ -38,5 +40,6 @@ class Paced(Duplex[ChunkSender, ChunkReceiver]):
         data = super().receive(length)
         if self._sending_s is not None:  # not of the input, which answers nothing
             self._fastest = max(self._fastest, length / (self._sending_s + time.perf_counter() - started))
-            self.outgoing.chunk_bytes = min(max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES), CHUNK_BYTES) & -ELEMENT_BYTES
+            piece = max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES) & -ELEMENT_BYTES
+            self.outgoing.chunk_bytes = piece if piece < MAX_PIECE_BYTES else CHUNK_BYTES
         return data
