@@ -21,7 +21,7 @@ from benchmarks.load import measure_load
 from benchmarks.methods import measure_methods
 from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
-from benchmarks.report import load_results, make_report
+from benchmarks.report import load_results, make_report, network_name
 from benchmarks.sweep import points, run_sweep
 from model_opt.cli import DatasetName
 from model_opt.datasets import DataError
@@ -44,7 +44,7 @@ def _root() -> None:
 
 def table_of(results: list[dict[str, Any]]) -> Table:
     """The human form of `measure`'s figures, one column for each network."""
-    table = Table("", *(f"{r['network']} w{r['width']}, {r['relus']:,} ReLUs" for r in results))
+    table = Table("", *(f"{network_name(r)}, {r['relus']:,} ReLUs" for r in results))
 
     def row(name: str, value: Any) -> None:
         table.add_row(name, *(value(r) for r in results))

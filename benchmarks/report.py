@@ -218,7 +218,7 @@ def plot_load(load: dict[str, Any], path: Path) -> None:
 
 def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against online latency where both are known, a panel for each network that others were made of."""
-    origins = [_named(_origin(row, rows)) for row in rows]
+    origins = [network_name(_origin(row, rows)) for row in rows]
     networks = list(dict.fromkeys(origins))
     figure, panels = plt.subplots(len(networks), 1, figsize=(11, 4.2 * len(networks)), layout="constrained", squeeze=False)
     for axis, network in zip(panels[:, 0], networks):
@@ -242,7 +242,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 def plot_methods(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against ReLUs, a line for each method on each network, and published results."""
-    named = [row | {"series": f"{row.get('series', row['label'])}, {_named(_origin(row, rows))}"} for row in rows]
+    named = [row | {"series": f"{row.get('series', row['label'])}, {network_name(_origin(row, rows))}"} for row in rows]
     draw_pareto(named, path, "Ours, and published results of larger networks", True)
 
 
@@ -257,7 +257,8 @@ def _ratio(value: float, base: float) -> str:
     return f"{value / base:.{1 if value > base else 2}f}x"
 
 
-def _named(row: Row) -> str:
+def network_name(row: Row) -> str:
+    """A row's network, with its width if that is known."""
     return str(row["network"]) + (f" w{row['width']}" if row["width"] else "")
 
 
@@ -276,7 +277,7 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
     lines = []
     for r in sweep["rows"]:
         foretold = f"{r['online_ms'] / r['predicted_ms']:.2f}" if "predicted_ms" in r else ""
-        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]), r["link"], _with_spread(r, "online_ms"),
+        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", network_name(r), str(r["batch"]), r["link"], _with_spread(r, "online_ms"),
                       f"{r['online_ms'] / r['plaintext_ms']:.1f}x", foretold,
                       f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}", f"{r['preprocessing_ms']:,.0f}",
                       f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}", f"{r['total_ms']:,.0f}",
@@ -287,14 +288,14 @@ def sweep_table(sweep: dict[str, Any]) -> list[str]:
              for name, m in sweep.get("links", {}).items()]
     notes = ["", "Foretold: the online time on loopback + rounds x RTT + bytes / bandwidth: on WAN and mobile the bytes of the busier "
              "direction, as both are busy at once, but for 3 ms a round; on the LAN, where they take turns, all."]
-    astray = [f"{r['relus']:,} ReLUs, {r['squares']:,} squares, {_named(r)}, batch {r['batch']}, {r['link']}" for r in sweep["rows"]
+    astray = [f"{r['relus']:,} ReLUs, {r['squares']:,} squares, {network_name(r)}, batch {r['batch']}, {r['link']}" for r in sweep["rows"]
               if abs(r["online_ms"] / r.get("predicted_ms", r["online_ms"]) - 1) > FORETOLD]
     if astray:
         notes.append(f"More than {FORETOLD:.0%} from it: {'; '.join(astray)}; what exceeds it is in the parts of their timelines; "
                      "in batches one stream computes while the other waits for the link.")
     timelines = [r["timeline"] for r in sweep["rows"]]
     if covered := [min(timeline["coverage"].values()) for timeline in timelines if "coverage" in timeline]:
-        below = [f"{r['relus']:,} ReLUs, {_named(r)}, batch {r['batch']}, {r['link']}: {min(r['timeline']['coverage'].values()):.1%}"
+        below = [f"{r['relus']:,} ReLUs, {network_name(r)}, batch {r['batch']}, {r['link']}: {min(r['timeline']['coverage'].values()):.1%}"
                  for r in sweep["rows"] if min(r["timeline"].get("coverage", {"": 1.0}).values()) < COVERED]
         notes.append(f"Both timelines' parts sum to {covered[0]:.1%} of the online time in the first row, {min(covered):.1%} at least."
                      + f" Below {COVERED:.0%}: {'; '.join(below)}." * bool(below))
@@ -333,7 +334,7 @@ def summary_table(sweep: dict[str, Any]) -> list[str]:
         r = found.get(links[0]) or next(iter(found.values()))
         online = [f"{found[k]['online_ms']:,.0f}" + f" (n={found[k]['runs']})" * (found[k]["runs"] != r["runs"]) if k in found else ""
                   for k in links]
-        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", _named(r), str(r["batch"]), *online,
+        lines.append([f"{r['relus']:,}", f"{r['squares']:,}", network_name(r), str(r["batch"]), *online,
                       f"{r['online_ms'] / r['plaintext_ms']:.1f}x", f"{(r['online_bytes_up'] + r['online_bytes_down']) / 1e6:.2f}",
                       f"{r['preprocessing_ms']:,.0f}", f"{sum(r['preprocessing_bytes'].values()) / 1e6:.1f}",
                       " / ".join(f"{found[k]['total_ms']:,.0f}" for k in links if k in found), str(r["runs"])])
@@ -367,8 +368,8 @@ def limits_table(sweep: dict[str, Any]) -> list[str]:
         limit = r["limits"]
         linear = min(limit["linear_ms"], limit["int64_ms"], r["timeline"]["server"]["linear"])  # none of them can be below the least
         floor = linear + limit["aes_ms"] + r["on_link_ms"]
-        lines.append([f"{r['relus']:,}", _named(r), str(r["batch"]), r["link"], f"{r['plaintext_ms']:.1f}", f"{limit['int64_ms']:.1f}",
-                      f"{linear:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
+        lines.append([f"{r['relus']:,}", network_name(r), str(r["batch"]), r["link"], f"{r['plaintext_ms']:.1f}",
+                      f"{limit['int64_ms']:.1f}", f"{linear:.1f}", f"{limit['aes_ms']:.1f}", f"{limit['serialisation_ms']:.1f}",
                       f"{limit['bandwidth_ms']:.0f}", f"{r['on_link_ms']:.0f}", f"{r['online_ms']:,.0f}", f"{r['online_ms'] / floor:.1f}x",
                       f"{r['online_ms'] / (r['plaintext_ms'] + r['on_link_ms']):.1f}x"])
     return _table(("ReLUs", "network", "batch", "link", "plaintext ms", "int64 convolutions ms", "our convolutions ms (the least seen)",
@@ -457,7 +458,7 @@ def accuracy_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: accuracies on the test images; of each method, network, budget and seed the one that was trained longest."""
     longest: dict[tuple[Any, ...], Row] = {}
     for r in _ordered(methods):
-        key = (r["label"], _named(_origin(r, methods["rows"])), r["budget"], r["seed"])
+        key = (r["label"], network_name(_origin(r, methods["rows"])), r["budget"], r["seed"])
         longest[key] = max(longest.get(key, r), r, key=lambda row: row["epochs"])
     lines = [[r["label"] + _course(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}",
               *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")), f"{100 * r['private_accuracy']:.1f}",
