@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,13 @@ class HostedModel:
     def register(self, timeout_s: float) -> None:
         """Register with the dealer, waiting for it up to `timeout_s`, and compute Delta. Raises PeerError and its kin."""
 
-        def messages() -> Iterator[pb.RegisterUp]:
-            yield pb.RegisterUp(open=pb.RegisterOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model_id,
-                                                     registration_secret=self._secret, public_bytes=len(self.public_bytes)))
-            for chunk in to_chunks(0, (self.public_bytes,)):
-                yield pb.RegisterUp(chunk=chunk)
-
+        # a list, for gRPC's thread that sends it may outlive this call and the program: it must not own the model
+        messages = [pb.RegisterUp(open=pb.RegisterOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model_id,
+                                                       registration_secret=self._secret, public_bytes=len(self.public_bytes))),
+                    *(pb.RegisterUp(chunk=chunk) for chunk in to_chunks(0, (self.public_bytes,)))]
         with self._lock:
             try:
-                reply = self._stub.Register(messages(), timeout=timeout_s, wait_for_ready=True)
+                reply = self._stub.Register(iter(messages), timeout=timeout_s, wait_for_ready=True)
             except grpc.RpcError as error:
                 raise translate(error, "the dealer") from None
             seed = Seed(check_bytes(reply.weight_mask_seed, SECRET_BYTES, "the weight mask seed"))
