@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import re
 import secrets
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -467,6 +471,25 @@ def test_client_gone_during_preprocessing_frees_the_reservation(serve: Serve, re
         assert services.materials() == 1
         call.cancel()
         wait_for(lambda: not services.materials(), 45)
+
+
+def test_what_sends_a_registration_does_not_own_the_model(relu_model: Model) -> None:
+    # gRPC's thread that sends may end with the program: tensors that it frees then would abort the process
+    sent: list[Iterator[Any]] = []
+
+    def refuse(messages: Iterator[Any], **_: Any) -> None:
+        sent.append(messages)
+        raise PeerError("refused")
+
+    hosted = HostedModel(relu_model, connect("127.0.0.1:1", PLAINTEXT), State("sqlite://", bytes(32)), 10)
+    hosted._stub = SimpleNamespace(Register=refuse)
+    with pytest.raises(PeerError, match="refused"):
+        hosted.register(1)
+    alive = weakref.ref(hosted)
+    del hosted
+    gc.collect()
+    assert alive() is None
+    assert next(sent[0]).open.model_id == relu_model.public.model_id
 
 
 def another_registration(services: Services, model: Model) -> HostedModel:
