@@ -329,7 +329,7 @@ class Client:
         up.put(pb.PreprocessUp(open=pb.PreprocessOpen(
             protocol_version=PROTOCOL_VERSION, model_id=offer.model.model_id, delta_id=offer.delta_id, batch=plan.batch,
             client_id=client_id, timeline=self._timed)))
-        sender = ChunkSender(lambda chunk: up.put(pb.PreprocessUp(chunk=chunk)))
+        sender = ChunkSender(up.put, pb.PreprocessUp)
         replies = self._server.Preprocess(iter(up), timeout=self._timeout_s)
         dealt: Any = None
         material_id = b""
@@ -472,7 +472,7 @@ class Client:
                                             material_id=prepared.material.material_id, client_secret=prepared.secret,
                                             timeline=self._timed)))
         replies = self._server.Infer(iter(up), timeout=self._timeout_s)
-        sender = ChunkSender(lambda chunk: up.put(pb.InferUp(chunk=chunk)))
+        sender = ChunkSender(up.put, pb.InferUp)
         receiver = ChunkReceiver(lambda: next_message(replies, "the server"))
         try:
             if prepared.stored and ACCEPTED_KEY not in dict(replies.initial_metadata() or ()):

@@ -30,23 +30,29 @@ BLOCK_KEYS = 8192
 _ONE = np.uint64(1)
 _MASK = np.array([0xFFFFFFFFFFFFFFFE, 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
 _MAX_BITS = 63
-_PAST = np.uint64(_MAX_BITS)
-"""A bit that is clear in all that is compared."""
+_SHIFTS = np.arange(_MAX_BITS - 1, -2, -1).astype(np.uint64) & np.uint64(_MAX_BITS)
+"""From a number's bits down to its last; then one that is clear in all that is compared."""
 
 
 class Hasher:
-    """AES-128 under one public key, for Matyas-Meyer-Oseas hashing; the caller adds the input. Not for several threads at once."""
+    """AES-128 under one public key, for Matyas-Meyer-Oseas hashing; the caller adds the input. Not for several threads at once.
 
-    def __init__(self, public_key: bytes) -> None:
+    Args:
+        x: what each call hashes, as it is then.
+    """
+
+    def __init__(self, public_key: bytes, x: U64) -> None:
         self._encryptor = Cipher(algorithms.AES(public_key), modes.ECB()).encryptor()  # noqa: S305 fixed-key hash
+        out = np.empty(x.nbytes + 16, dtype=np.uint8)  # a block more, which the library asks for
+        self._from, self._to = memoryview(x).cast("B"), memoryview(out)
+        self._hashed: U64 = out[: x.nbytes].view(np.uint64).reshape(x.shape)
         self.blocks = 0
 
-    def __call__(self, x: U64, out: NDArray[np.uint8]) -> U64:
-        """AES of each pair of words of x, in `out`, uint8 of 16 bytes more than x."""
-        self._encryptor.update_into(memoryview(x).cast("B"), memoryview(out))
-        self.blocks += x.nbytes // 16
-        result: U64 = out[: x.nbytes].view(np.uint64).reshape(x.shape)
-        return result
+    def __call__(self) -> U64:
+        """AES of each pair of words of x; overwritten by the next call."""
+        self._encryptor.update_into(self._from, self._to)
+        self.blocks += len(self._from) // 16
+        return self._hashed
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,7 +134,6 @@ def generate(alpha: U64, payload: U64, bits: int, randomness: bytes) -> tuple[Dc
     if alpha.shape != (count,) or payload.shape != (count, 2) or not 0 < bits <= _MAX_BITS:  # compiled loops check no bounds
         raise ValueError("wrong shapes of alpha and payload, or number of bits")
     hash_key = randomness[:16]
-    hasher = Hasher(hash_key)
     roots = np.frombuffer(randomness, dtype=np.uint64, offset=16).reshape(2, count, 2) & _MASK
     points = np.repeat(roots[:, None], 4, axis=1)  # (party, tweak, key, word)
     points[..., 0] ^= np.arange(4, dtype=np.uint64)[:, None]
@@ -137,24 +142,21 @@ def generate(alpha: U64, payload: U64, bits: int, randomness: bytes) -> tuple[Dc
     seed_words = np.empty((bits, count, 2), dtype=np.uint64)
     payload_words = np.empty((bits, count, 2), dtype=np.uint64)
     control = np.empty((bits, 2, count), dtype=np.uint8)
-    out = np.empty(points.nbytes + 16, dtype=np.uint8)
-    for level in range(bits):
-        kernels.generate_level(hasher(points, out), alpha, np.uint64(bits - 1 - level), payload, t, value, points, seed_words[level],
-                               payload_words[level], control[level])
+    hasher = Hasher(hash_key, points)
+    for shift, *words in zip(_SHIFTS[-bits - 1 :], seed_words, payload_words, control):
+        kernels.generate_level(hasher(), alpha, shift, payload, t, value, points, *words)
     final = (_ONE - (t[1] << _ONE))[:, None] * (points[1, 0] - points[0, 0] - value)
     return tuple(  # type: ignore[return-value]
         DcfKeys(b, bits, hash_key, roots[b], seed_words, payload_words, control, final) for b in (0, 1)
     )
 
 
-def evaluate(keys: DcfKeys, x: U64, hasher: Hasher | None = None) -> U64:
+def evaluate(keys: DcfKeys, x: U64) -> U64:
     """This party's additive shares of payload [x < alpha], (n, 2) uint64. Local.
 
     Args:
         x: (n,) uint64; the low `keys.bits` bits are compared.
-        hasher: pass one to count AES blocks.
     """
-    hasher = hasher or Hasher(keys.hash_key)
     count, bits = len(keys), keys.bits
     if x.shape != (count,) or not 0 < bits <= _MAX_BITS:  # compiled loops check no bounds
         raise ValueError("wrong number of points or of bits")
@@ -166,11 +168,9 @@ def evaluate(keys: DcfKeys, x: U64, hasher: Hasher | None = None) -> U64:
     points[0, :, 0] |= x >> np.uint64(bits - 1)
     points[1] = points[0]
     points[1, :, 0] ^= kernels.PAYLOAD
-    out = np.empty(points.nbytes + 16, dtype=np.uint8)
-    for level in range(bits):
-        shift = np.uint64(bits - 1 - level)
-        kernels.evaluate_level(hasher(points, out), x, shift, shift - _ONE if shift else _PAST, keys.control[level], keys.seed_words[level],
-                               keys.payload_words[level], t, value, points)
+    hasher, shifts = Hasher(keys.hash_key, points), _SHIFTS[-bits - 1 :]
+    for words in zip(shifts, shifts[1:], keys.control, keys.seed_words, keys.payload_words):
+        kernels.evaluate_level(hasher(), x, *words, t, value, points)
     value += points[0]
     value += keys.final & np.negative(t)[:, None]
     return value if keys.party == 0 else np.negative(value)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from protocol import dcf, kernels, ring
@@ -24,7 +25,7 @@ from protocol.errors import InputError
 from protocol.material import ClientActivation, ClientContents, Material, ReluShare, ServerContents
 from protocol.model import ActivationLayer, FixedPoint
 from protocol.plan import Plan
-from protocol.preprocessing import gather, put
+from protocol.preprocessing import gather
 from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
 from protocol.timeline import Timeline
@@ -32,7 +33,7 @@ from protocol.timeline import Timeline
 _NONE = np.empty(0, np.int64)
 
 
-def _array(t: Tensor | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _array(t: Tensor | None) -> NDArray[np.int64]:
     return _NONE if t is None else t.contiguous().numpy()
 
 
@@ -42,26 +43,23 @@ def _check_shapes(d: tuple[int, ...], *others: Tensor) -> None:
         raise ValueError("the material is for an activation of another shape")
 
 
-def relu_share(d: Tensor, relu: ReluShare, bits: int, party: Party) -> Tensor:
-    """This party's share of ReLU(d - A), flat int64; protocol section 5.
+def relu_share(d: NDArray[np.int64], relu: ReluShare, bits: int, party: Party) -> NDArray[np.int64]:
+    """This party's share of ReLU(d - A), flat; protocol section 5.
 
     Args:
         d: opened z + A, flat. bits: what the DCF compares, n - 1.
     """
-    def words(t: Tensor) -> dcf.U64:
-        return t.contiguous().numpy().view(np.uint64)
-
-    opened, sign, masked_sign, mask = words(d), words(relu.sign), words(relu.masked_sign), words(relu.mask)
+    opened, sign, masked_sign, mask = (a.view(np.uint64) for a in (d, _array(relu.sign), _array(relu.masked_sign), _array(relu.mask)))
     if not len(opened) == len(sign) == len(masked_sign) == len(mask) == sum(map(len, relu.keys)):  # compiled loops check no bounds
         raise ValueError("the material is for another number of ReLUs")
-    out = torch.empty(d.shape, dtype=torch.int64)
+    out = np.empty(len(opened), np.uint64)
     start = 0
     for keys in relu.keys:
         part = slice(start, start + len(keys))
         kernels.finish_relu(opened[part], dcf.evaluate(keys, opened[part]), sign[part], masked_sign[part], mask[part], np.uint64(bits),
-                            np.uint64(party is Party.SERVER), words(out)[part])
+                            np.uint64(party is Party.SERVER), out[part])
         start += len(keys)
-    return out
+    return out.view(np.int64)
 
 
 class _ServerPass:
@@ -122,9 +120,9 @@ class ServerTensor(RingTensor):
                                   y.numpy())
         session.timeline.lap("squares")
         if half.relu is not None:
-            opened = gather(d, layer.relu_in_active, False).flatten()
-            kept = relu_share(opened, half.relu, session.plan.comparison_bits, Party.SERVER)
-            put(y, layer.relu_in_active, False, kept.view(batch, -1))
+            kept = layer.relu_in_active.numpy()
+            opened = d.numpy()[:, kept]
+            y.numpy()[:, kept] = relu_share(opened.reshape(-1), half.relu, session.plan.comparison_bits, Party.SERVER).reshape(opened.shape)
             session.timeline.lap("comparison")
         answer = ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
         session.timeline.lap("wait")
@@ -167,16 +165,12 @@ def _arriving(channel: Channel, d: Tensor) -> Iterator[tuple[int, int]]:
             done = there // ELEMENT_BYTES
 
 
-def _chosen(columns: Tensor, width: int, first: int, last: int) -> tuple[int, Tensor]:
+def _chosen(columns: NDArray[np.int64], width: int, first: int, last: int) -> tuple[int, NDArray[np.int64]]:
     """Of rows of `width` elements, one after another: which of elements first to last - 1 lie in these columns, counted from
     `first`, and how many do before them. columns: sorted."""
-    found: list[Tensor] = []
-    before = 0
-    for row in range(first // width, -(-last // width)):
-        start, stop = torch.searchsorted(columns, torch.tensor([first, last]) - row * width).tolist()
-        before = before if found else row * len(columns) + start
-        found.append(columns[start:stop] + (row * width - first))
-    return before, torch.cat(found)
+    start, stop = (len(columns) * (end // width) + int(np.searchsorted(columns, end % width)) for end in (first, last))
+    rows, which = np.divmod(np.arange(start, stop), len(columns))
+    return start, columns[which] + (rows * width - first)
 
 
 def _answer(half: ClientActivation, d: Tensor, first: int, plan: Plan, timeline: Timeline) -> Tensor:
@@ -189,10 +183,10 @@ def _answer(half: ClientActivation, d: Tensor, first: int, plan: Plan, timeline:
         kernels.square_client(d.numpy(), twice.numpy(), _array(layer.factor_of_active), first, bits, mask.numpy(), y.numpy())
     timeline.lap("squares")
     if half.relu is not None:
-        before, where = _chosen(layer.relu_in_active, len(layer.active), first, last)
+        before, where = _chosen(layer.relu_in_active.numpy(), len(layer.active), first, last)
         if len(where):
-            relu = half.relu.part(before, before + len(where))
-            y[where] = relu_share(d[where], relu, plan.comparison_bits, Party.CLIENT) - mask[where]
+            kept = relu_share(d.numpy()[where], half.relu.part(before, before + len(where)), plan.comparison_bits, Party.CLIENT)
+            y.numpy()[where] = kept - mask.numpy()[where]
         timeline.lap("comparison")
     return y
 

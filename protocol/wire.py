@@ -7,6 +7,7 @@ the receiver knows it from the plan, and anything else is a ProtocolViolation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from protocol.channel import Buffer
 from protocol.errors import ProtocolViolation, VersionMismatch
@@ -36,8 +37,20 @@ def check_bytes(value: bytes, length: int, name: str) -> bytes:
     return value
 
 
-def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut one logical message, the concatenation of `parts`; without `last` its beginning, which is not empty."""
+def wire_bytes(sequence: int, last: bool, length: int) -> int:
+    """What a chunk with `length` bytes of data takes on the wire. protobuf would serialise it all to tell."""
+    data = 1 + max((length.bit_length() + 6) // 7, 1) + length if length else 0
+    return FRAME_BYTES + Chunk(sequence=sequence, last=last).ByteSize() + data
+
+
+def _wire_bytes(sequence: int, last: bool, length: int) -> int:
+    """What a chunk with `length` bytes of data takes on the wire. To tell it, protobuf would serialise them."""
+    data = 1 + (length.bit_length() + 6) // 7 + length if length else 0
+    return FRAME_BYTES + Chunk(sequence=sequence, last=last).ByteSize() + data
+
+
+def _cut(parts: tuple[Buffer, ...], chunk_bytes: int) -> Iterator[tuple[bytes, bool]]:
+    """The concatenation of `parts` in pieces, each with whether it is the last; at least one, which may be empty."""
     views = [memoryview(part) for part in parts]
     left = sum(map(len, views))
     pending: list[memoryview] = []
@@ -49,24 +62,40 @@ def to_chunks(sequence: int, parts: tuple[Buffer, ...], last: bool = True, chunk
             room -= len(piece)
             left -= len(piece)
             if room == 0 and left:
-                yield Chunk(sequence=sequence, data=b"".join(pending))
+                yield b"".join(pending), False
                 pending, room = [], chunk_bytes
-    yield Chunk(sequence=sequence, last=last, data=b"".join(pending))
+    yield b"".join(pending), True
+
+
+def _chunk(carrier: type[Any], sequence: int, last: bool, data: bytes) -> Any:
+    message = carrier()
+    chunk = message if carrier is Chunk else message.chunk  # filled where it lies: protobuf copies what is put into a message
+    chunk.sequence, chunk.last, chunk.data = sequence, last, data
+    return message
+
+
+def to_chunks(sequence: int, parts: tuple[Buffer, ...], carrier: type[Any] = Chunk) -> Iterator[Any]:
+    """Cut one logical message, the concatenation of `parts`. carrier: Chunk, or a type of message that has one as its field `chunk`."""
+    for data, last in _cut(parts, CHUNK_BYTES):
+        yield _chunk(carrier, sequence, last, data)
 
 
 class ChunkSender:
-    """`protocol.channel.Outgoing` over a function that transmits one chunk. chunk_bytes: of the largest chunk, CHUNK_BYTES at most."""
+    """`protocol.channel.Outgoing` over a function that transmits one message of the type `carrier`, as of `to_chunks`.
 
-    def __init__(self, transmit: Callable[[Chunk], None]) -> None:
-        self._transmit = transmit
+    chunk_bytes: of the largest chunk, CHUNK_BYTES at most.
+    """
+
+    def __init__(self, transmit: Callable[[Any], None], carrier: type[Any] = Chunk) -> None:
+        self._transmit, self._carrier = transmit, carrier
         self._sequence = 0
         self.chunk_bytes = CHUNK_BYTES
         self.bytes = 0
 
     def send(self, *parts: Buffer, last: bool = True) -> None:
-        for chunk in to_chunks(self._sequence, parts, last, self.chunk_bytes):
-            self.bytes += chunk.ByteSize() + FRAME_BYTES
-            self._transmit(chunk)
+        for data, end in _cut(parts, self.chunk_bytes):
+            self.bytes += _wire_bytes(self._sequence, last and end, len(data))
+            self._transmit(_chunk(self._carrier, self._sequence, last and end, data))
         self._sequence += last
 
 
@@ -93,19 +122,20 @@ class ChunkReceiver:
         arrived = 0
         while True:
             chunk = self._wait()
-            self.bytes += chunk.ByteSize() + FRAME_BYTES
+            data = chunk.data  # a copy each time
+            self.bytes += _wire_bytes(chunk.sequence, chunk.last, len(data))
             if chunk.sequence != self._sequence:
                 raise ProtocolViolation(f"message {chunk.sequence} arrived where {self._sequence} is due")
-            if len(chunk.data) > CHUNK_BYTES:
+            if len(data) > CHUNK_BYTES:
                 raise ProtocolViolation("a chunk is larger than the protocol allows")
-            arrived += len(chunk.data)
+            arrived += len(data)
             if arrived > length:
                 raise ProtocolViolation(f"message {self._sequence} is longer than the {length:,} bytes due")
-            if not chunk.last and not chunk.data:
+            if not chunk.last and not data:
                 raise ProtocolViolation("an empty chunk inside a message")
             if chunk.last and arrived != length:
                 raise ProtocolViolation(f"message {self._sequence} has {arrived:,} bytes where {length:,} are due")
             self._sequence += chunk.last
-            yield chunk.data
+            yield data
             if chunk.last:
                 return

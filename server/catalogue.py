@@ -80,7 +80,7 @@ class HostedModel:
         # a list, for gRPC's thread that sends it may outlive this call and the program: it must not own the model
         messages = [pb.RegisterUp(open=pb.RegisterOpen(protocol_version=PROTOCOL_VERSION, model_id=self.model_id,
                                                        registration_secret=self._secret, public_bytes=len(self.public_bytes))),
-                    *(pb.RegisterUp(chunk=chunk) for chunk in to_chunks(0, (self.public_bytes,)))]
+                    *to_chunks(0, (self.public_bytes,), carrier=pb.RegisterUp)]
         with self._lock:
             try:
                 reply = self._stub.Register(iter(messages), timeout=timeout_s, wait_for_ready=True)

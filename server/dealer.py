@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -114,7 +115,7 @@ class _Meeting:
             started = time.monotonic()
             try:
                 self.queues[party].put(message, timeout=0.2)
-                self.patience_s += message.ByteSize() / SLOWEST if isinstance(message, pb.MaterialDown) else 0
+                self.patience_s += len(message.chunk.data) / SLOWEST if isinstance(message, pb.MaterialDown) else 0
                 return True
             except queue.Full:
                 pass
@@ -316,7 +317,7 @@ class DealerService(rpc.DealingServicer):  # type: ignore[misc]
                 seeds = {party: Seed.fresh() for party in ("client", "server")}
                 for party in ("client", "server"):
                     meeting.put(party, pb.MaterialDown(seed=seeds[party].reveal()))
-                    senders[party] = ChunkSender(lambda chunk, p=party: meeting.put(p, pb.MaterialDown(chunk=chunk)))  # type: ignore[misc]
+                    senders[party] = ChunkSender(partial(meeting.put, party), pb.MaterialDown)
                 timeline.lap("setup")
                 deal(plan, registration.masks, seeds["client"], seeds["server"], senders["client"], senders["server"], timeline)
                 meeting.finish()

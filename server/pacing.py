@@ -15,8 +15,10 @@ from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender
 FIRST_PIECE_BYTES = 1 << 17
 """When the link is not known yet."""
 MIN_PIECE_BYTES = 1 << 13
-MAX_PIECE_BYTES = 1 << 18
+MAX_PIECE_BYTES = 1 << 17
 """A link on which pieces would be larger is fast: nothing is cut."""
+PIECES = 16
+"""Of one message, at most: more would cost the client's evaluation of comparisons more than they save."""
 PIECE_S = 6e-3
 """What a piece is to take there and back, at the rate of the fastest exchange so far: finer ones do not pay for their own handling."""
 
@@ -26,12 +28,14 @@ class Paced(Duplex[ChunkSender, ChunkReceiver]):
 
     def __init__(self, outgoing: ChunkSender, incoming: ChunkReceiver) -> None:
         super().__init__(outgoing, incoming)
-        outgoing.chunk_bytes = FIRST_PIECE_BYTES
+        self._piece = FIRST_PIECE_BYTES
         self._fastest = 0.0  # bytes a second
         self._sending_s: float | None = None
 
     def send(self, *parts: Buffer, last: bool = True) -> None:
         started = time.perf_counter()
+        length = sum(memoryview(part).nbytes for part in parts)
+        self.outgoing.chunk_bytes = min(max(self._piece, length // PIECES) & -ELEMENT_BYTES, CHUNK_BYTES)
         super().send(*parts, last=last)
         self._sending_s = time.perf_counter() - started
 
@@ -40,6 +44,6 @@ class Paced(Duplex[ChunkSender, ChunkReceiver]):
         data = super().receive(length)
         if self._sending_s is not None:  # not of the input, which answers nothing
             self._fastest = max(self._fastest, length / (self._sending_s + time.perf_counter() - started))
-            piece = max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES) & -ELEMENT_BYTES
-            self.outgoing.chunk_bytes = piece if piece < MAX_PIECE_BYTES else CHUNK_BYTES
+            piece = max(int(PIECE_S * self._fastest), MIN_PIECE_BYTES)
+            self._piece = piece if piece < MAX_PIECE_BYTES else CHUNK_BYTES
         return data

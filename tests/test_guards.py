@@ -18,10 +18,10 @@ from protocol.inference import preprocess, run_online
 from protocol.model import Model
 from protocol.plan import make_plan
 from protocol.prg import Seed
-from protocol.relucent_pb2 import Chunk
+from protocol.relucent_pb2 import Chunk, InferUp
 from protocol.simulation import server_graph, server_parameters
 from protocol.tensor import Weight
-from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender
+from protocol.wire import CHUNK_BYTES, FRAME_BYTES, ChunkReceiver, ChunkSender
 
 WIDTH, RELUS = 8, 1500
 
@@ -48,13 +48,20 @@ def test_bytes_and_rounds(model: Model) -> None:
     assert transcript.preprocessing_up.bytes == 8 * activations
 
 
-def test_aes_blocks_per_relu() -> None:
+def test_aes_blocks_per_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashers: list[dcf.Hasher] = []
+
+    class Kept(dcf.Hasher):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            hashers.append(self)
+
     count, bits = 300, 19
     alpha, payload = torch.randint(0, 1 << bits, (count,)).numpy().astype("uint64"), torch.ones(count, 2).numpy().astype("uint64")
     keys, _ = dcf.generate(alpha, payload, bits, dcf.fresh_randomness(count))
-    hasher = dcf.Hasher(keys.hash_key)
-    dcf.evaluate(keys, alpha, hasher)
-    assert hasher.blocks == AES_PER_RELU_BIT * bits * count
+    monkeypatch.setattr(dcf, "Hasher", Kept)
+    dcf.evaluate(keys, alpha)
+    assert sum(hasher.blocks for hasher in hashers) == AES_PER_RELU_BIT * bits * count
 
 
 class Copies(TorchDispatchMode):
@@ -103,6 +110,29 @@ def _count_in_threads(mode: Copies, work: Any) -> None:
         work()
     finally:
         threading.Thread.run = original  # type: ignore[method-assign]
+
+
+def test_a_chunk_is_copied_once_each_way() -> None:
+    """protobuf copies data whenever a field is read, and a whole message that is put into another."""
+    reads = 0
+
+    class Arrived:
+        sequence, last = 0, True
+
+        @property
+        def data(self) -> bytes:
+            nonlocal reads
+            reads += 1
+            return bytes(1000)
+
+    ChunkReceiver(lambda: Arrived()).receive(1000)  # type: ignore[arg-type,return-value]
+    assert reads == 1
+    sent: list[InferUp] = []
+    sender = ChunkSender(sent.append, InferUp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protocol.wire.Chunk", lambda **fields: Chunk(**fields) if "data" not in fields else pytest.fail("a chunk to copy"))
+        sender.send(bytes(1000))
+    assert len(sent[0].chunk.data) == 1000 and sender.bytes == sent[0].chunk.ByteSize() + FRAME_BYTES
 
 
 def test_copies_on_the_way_to_grpc_and_back() -> None:

@@ -136,7 +136,7 @@ def test_a_party_that_reads_crumbs_ends_the_dealing(monkeypatch: pytest.MonkeyPa
 
     def dealt(size: int, pause_s: float) -> int:
         """How many of 40 messages a party is dealt that takes one every `pause_s`."""
-        slow, message = _Meeting(bytes(32), 1, bytes(32)), pb.MaterialDown(seed=bytes(size))
+        slow, message = _Meeting(bytes(32), 1, bytes(32)), pb.MaterialDown(chunk=pb.Chunk(data=bytes(size)))
 
         def read() -> None:
             while not slow.dead.wait(pause_s):
@@ -775,6 +775,7 @@ def test_what_the_server_cuts_the_client_answers_piece_by_piece(serve: Serve, mi
     from protocol.plan import make_plan
 
     monkeypatch.setattr("server.pacing.FIRST_PIECE_BYTES", 64)
+    monkeypatch.setattr("server.pacing.PIECES", 1 << 20)
     with serve(mixed_model).client() as client:
         agrees(client, mixed_model)
         plan, cost = make_plan(mixed_model.public, 1), client.last_online

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ProtocolViolation, VersionMismatch
 from protocol.relucent_pb2 import Chunk
-from protocol.wire import CHUNK_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version, to_chunks
+from protocol.wire import CHUNK_BYTES, FRAME_BYTES, ChunkReceiver, ChunkSender, check_bytes, check_version, to_chunks
 from server import pacing
 from server.pacing import Paced
 
@@ -36,7 +36,7 @@ def test_sender_and_receiver_agree_and_count() -> None:
         sender.send(data)
     back = receiver(sent)
     assert [bytes(back.receive(n)) for n in (3, 0, CHUNK_BYTES + 5)] == [b"abc", b"", bytes(CHUNK_BYTES + 5)]
-    assert sender.bytes == back.bytes < CHUNK_BYTES * 1.01
+    assert sender.bytes == back.bytes == sum(chunk.ByteSize() + FRAME_BYTES for chunk in sent)
 
 
 def test_a_message_is_sent_and_read_in_pieces() -> None:
@@ -101,6 +101,7 @@ def test_the_server_cuts_as_finely_as_the_link_is_slow(bytes_per_s: float, piece
         return chunk
 
     arriving = list(to_chunks(0, (bytes(24_000),)))
+    monkeypatch.setattr("server.pacing.PIECES", 1 << 20)
     monkeypatch.setattr("server.pacing.time.perf_counter", lambda: now)
     channel = Paced(ChunkSender(lambda chunk: sent.append(take_time(chunk))), ChunkReceiver(lambda: take_time(arriving.pop(0))))
     now = 60.0  # until the input comes: no sign of a slow link
@@ -113,6 +114,15 @@ def test_the_server_cuts_as_finely_as_the_link_is_slow(bytes_per_s: float, piece
     for sequence, (size, expected) in enumerate(zip(sizes, (pacing.FIRST_PIECE_BYTES, piece, piece))):
         cut = [len(chunk.data) for chunk in sent if chunk.sequence == sequence]
         assert sum(cut) == size and all(one == pytest.approx(expected, abs=8) for one in cut[:-1]) and cut[-1] <= expected
+
+
+def test_a_message_is_cut_into_a_bounded_number_of_pieces() -> None:
+    sent: list[Chunk] = []
+    channel = Paced(ChunkSender(sent.append), ChunkReceiver(sent.pop))
+    for size in (8_000_000, 100 << 20):
+        sent.clear()
+        channel.send(bytes(size))
+        assert {len(chunk.data) for chunk in sent[:-1]} == {min(size // pacing.PIECES, CHUNK_BYTES)}
 
 
 def test_versions_and_lengths() -> None:
