@@ -19,6 +19,10 @@ PAYLOAD = np.uint64(2)
 """Tweak of the low word, whose last bit is always clear in a seed: 0 and 1 give the child seeds, 2 and 3 the payloads."""
 
 
+_TILE = 8
+"""Pixels between two orders of pixels and channels: a cache line of either order is whole while it is at hand."""
+
+
 def _words(dimensions: int, written: bool = False) -> types.Array:
     """uint64, row-major; arguments that are only read may lie at any address."""
     return types.Array(types.uint64, dimensions, "C", readonly=not written, aligned=written)
@@ -117,13 +121,18 @@ def split_digits(x: Any, first: Any, last: Any, top: Any, left: Any, digits: Any
     """
     count, channels, _, width = x.shape
     balance = np.int64(-0x7F7F7F7F7F7F7F80)  # 0x80 in every byte: x + this, xor this, has the digits as its bytes
+    tile = np.empty((_TILE, channels), np.int64)
     for n in range(count):
         for row in range(first, last):
-            for c in range(channels):
-                for column in range(width):
-                    v = (x[n, c, row, column] + balance) ^ balance
+            for start in range(0, width, _TILE):
+                wide = min(_TILE, width - start)
+                for c in range(channels):
+                    for j in range(wide):
+                        tile[j, c] = (x[n, c, row, start + j] + balance) ^ balance
+                for j in range(wide):
                     for i in range(8):
-                        digits[i, n, top + row - first, left + column, c] = np.int8(v >> np.int64(8 * i))
+                        for c in range(channels):
+                            digits[i, n, top + row - first, left + start + j, c] = np.int8(tile[j, c] >> np.int64(8 * i))
 
 
 @_compiled(types.Array(types.int32, 4, "C", readonly=True), types.Array(types.int64, 1, "C", readonly=True), types.int64,
@@ -131,16 +140,21 @@ def split_digits(x: Any, first: Any, last: Any, top: Any, left: Any, digits: Any
 def join_digits(products: Any, step: Any, first: Any, out: Any) -> None:
     """out[n, o, first + p] += step[o] sum_i products[i, n, p, o] 2^(8 i) modulo 2^64, for eight digits i."""
     _, count, pixels, outputs = products.shape
-    total = np.empty(outputs, np.int64)
+    tile = np.empty((_TILE, outputs), np.int64)
     for n in range(count):
-        for p in range(pixels):
-            for o in range(outputs):
-                total[o] = products[7, n, p, o]
-            for i in range(6, -1, -1):
+        for start in range(0, pixels, _TILE):
+            wide = min(_TILE, pixels - start)
+            for j in range(wide):
                 for o in range(outputs):
-                    total[o] = (total[o] << np.int64(8)) + products[i, n, p, o]
+                    tile[j, o] = products[7, n, start + j, o]
+                for i in range(6, -1, -1):
+                    for o in range(outputs):
+                        tile[j, o] = (tile[j, o] << np.int64(8)) + products[i, n, start + j, o]
+                for o in range(outputs):
+                    tile[j, o] *= step[o]
             for o in range(outputs):
-                out[n, o, first + p] += total[o] * step[o]
+                for j in range(wide):
+                    out[n, o, first + start + j] += tile[j, o]
 
 
 @_compiled(_elements(2), _elements(1), types.int64, _elements(1), _elements(2), _elements(2, True))
