@@ -81,8 +81,7 @@ class ServerTensor(RingTensor):
     session: _ServerPass
 
     def _add_constant(self, constant: Constant) -> RingTensor:
-        assert constant.data is not None
-        self.data += ring.encode(constant.data, self.scale)
+        self.data += constant.encoded("added", self.scale, lambda real: ring.encode(real, self.scale))
         return self
 
     def _truncate(self, bits: int) -> Tensor:

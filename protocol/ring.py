@@ -149,7 +149,7 @@ def map_in_limbs(x: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Te
 DIGITS, DIGIT_BITS = 8, 8
 DIGIT_MIN_WEIGHTS = 1 << 15
 """Below this many weights splitting x costs more than 8-bit products save (measured on two cores)."""
-DIGIT_CHUNK_BYTES = 6 << 20
+DIGIT_CHUNK_BYTES = 3 << 20
 DIGITS_PAY = torch.cpu._is_vnni_supported()
 """Whether the processor multiplies vectors of 8-bit numbers (AVX-512 VNNI); without it PyTorch's 8-bit matrix product is a slow loop."""
 

@@ -43,8 +43,7 @@ class SimulationTensor(RingTensor):
     session: Simulation
 
     def _add_constant(self, constant: Constant) -> RingTensor:
-        assert constant.data is not None
-        return self._with(self.data + ring.encode(constant.data, self.scale))
+        return self._with(self.data + constant.encoded("added", self.scale, lambda real: ring.encode(real, self.scale)))
 
     def _truncate(self, bits: int) -> Tensor:
         self.session.record_truncation(self.data)

@@ -60,16 +60,18 @@ class Constant:
     """A private constant that the server adds, float64; None in roles that do not hold it."""
 
     data: Tensor | None
-    _encoded: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _encoded: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def unsqueeze(self, dim: int) -> Constant:
-        return Constant(None if self.data is None else self.data.unsqueeze(dim))
+        return self if self.data is None else Constant(self.data.unsqueeze(dim), self._encoded)
 
-    def encoded(self, kind: str, scale: int, make: Callable[[], Tensor]) -> Tensor:
+    def encoded(self, kind: str, scale: int, make: Callable[[Tensor], Tensor]) -> Tensor:
         """Ring elements derived from this constant, made once for all sessions."""
-        if (kind, scale) not in self._encoded:
-            self._encoded[kind, scale] = make()
-        return self._encoded[kind, scale]
+        assert self.data is not None
+        key = kind, scale, self.data.dim()
+        if key not in self._encoded:
+            self._encoded[key] = make(self.data)
+        return self._encoded[key]
 
     def __repr__(self) -> str:
         return "Constant(<private>)"
@@ -254,9 +256,9 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
         if len(layer.square) and c1 is not None and c1.data is not None and c0 is not None and c0.data is not None:
             # only who holds the coefficients adds them: the shift before the square, the constant after it
             r1, r0 = c1.data, c0.data
-            shift = c1.encoded("shift", self.scale, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[0], self.scale))
+            shift = c1.encoded("shift", self.scale, lambda _: encode_at_squares(layer, square_constants(layer, r1, r0)[0], self.scale))
             bits = self.fixed_point.activation_bits
-            constant = c0.encoded("constant", bits, lambda: encode_at_squares(layer, square_constants(layer, r1, r0)[1], bits))
+            constant = c0.encoded("constant", bits, lambda _: encode_at_squares(layer, square_constants(layer, r1, r0)[1], bits))
         return self._activate(layer, shift, constant)
 
     # --- what a role defines ------------------------------------------------------------------------------------
