@@ -25,7 +25,7 @@ from protocol.errors import InputError
 from protocol.material import ClientActivation, ClientContents, Material, ReluShare, ServerContents
 from protocol.model import ActivationLayer, FixedPoint
 from protocol.plan import Plan
-from protocol.preprocessing import gather
+from protocol.preprocessing import gather, put
 from protocol.ring import ELEMENT_BYTES, Party
 from protocol.tensor import Constant, RingTensor, Weight
 from protocol.timeline import Timeline
@@ -119,9 +119,9 @@ class ServerTensor(RingTensor):
                                   y.numpy())
         session.timeline.lap("squares")
         if half.relu is not None:
-            kept = layer.relu_in_active.numpy()
-            opened = d.numpy()[:, kept]
-            y.numpy()[:, kept] = relu_share(opened.reshape(-1), half.relu, session.plan.comparison_bits, Party.SERVER).reshape(opened.shape)
+            opened = gather(d, layer.relu_in_active, False).numpy()
+            kept = relu_share(opened.reshape(-1), half.relu, session.plan.comparison_bits, Party.SERVER)
+            put(y, layer.relu_in_active, False, torch.from_numpy(kept).view(batch, -1))
             session.timeline.lap("comparison")
         answer = ring.from_bytes(session.channel.receive(ELEMENT_BYTES * step.active), (batch, -1))
         session.timeline.lap("wait")
