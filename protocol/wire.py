@@ -37,12 +37,6 @@ def check_bytes(value: bytes, length: int, name: str) -> bytes:
     return value
 
 
-def wire_bytes(sequence: int, last: bool, length: int) -> int:
-    """What a chunk with `length` bytes of data takes on the wire. protobuf would serialise it all to tell."""
-    data = 1 + max((length.bit_length() + 6) // 7, 1) + length if length else 0
-    return FRAME_BYTES + Chunk(sequence=sequence, last=last).ByteSize() + data
-
-
 def _wire_bytes(sequence: int, last: bool, length: int) -> int:
     """What a chunk with `length` bytes of data takes on the wire. To tell it, protobuf would serialise them."""
     data = 1 + (length.bit_length() + 6) // 7 + length if length else 0
