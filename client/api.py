@@ -47,7 +47,7 @@ from protocol.online import online_client
 from protocol.preprocessing import preprocess_client
 from protocol.prg import Seed
 from protocol.timeline import Timeline
-from protocol.transport import ACCEPTED_KEY, RequestQueue, Security, connect, next_message, timeline_of, translate
+from protocol.transport import ACCEPTED_KEY, RequestQueue, Security, ask, connect, next_message, timeline_of
 from protocol.wire import (
     FRAME_BYTES,
     ID_BYTES,
@@ -124,10 +124,7 @@ def list_models(server: str, *, ca: AnyPath | None = None, token: str | None = N
                 key: AnyPath | None = None, insecure: bool = False, timeout_s: float = 20.0) -> list[ModelSummary]:
     """What a server offers, its default first. Arguments as for `Client`. Raises RelucentError's kin."""
     with connect(server, Security(_path(ca), _path(certificate), _path(key), token, insecure)) as channel:
-        try:
-            listed = rpc.InferenceStub(channel).List(pb.ListRequest(protocol_version=PROTOCOL_VERSION), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise translate(error, "the server") from None
+        listed = ask(rpc.InferenceStub(channel).List, pb.ListRequest(protocol_version=PROTOCOL_VERSION), "the server", timeout_s)
     return [ModelSummary(one_line(m.name), one_line(m.model_id), m.relus, m.classes, tuple(m.input_shape)) for m in listed.models]
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from protocol import ring
 from protocol.errors import InputError, PeerError, ProtocolViolation
 from protocol.model import MAX_PUBLIC_BYTES, PublicModel
 from protocol.plan import Plan, make_plan, weight_shapes
-from protocol.transport import next_message, translate
+from protocol.transport import ask, next_message
 from protocol.wire import PROTOCOL_VERSION, SECRET_BYTES, ChunkReceiver, check_bytes, check_version
 
 DESCRIBE_S = 20.0
@@ -55,10 +54,8 @@ class Offer:
 
 def fetch_offer(server: rpc.InferenceStub, name: str, cache: DeltaCache, timeout_s: float) -> Offer:
     """What the server offers under a name. Raises RelucentError's kin."""
-    try:
-        told = server.Describe(pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, name=name), timeout=min(DESCRIBE_S, timeout_s))
-    except grpc.RpcError as error:
-        raise translate(error, "the server") from None
+    opening = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION, name=name)
+    told: pb.Offer = ask(server.Describe, opening, "the server", min(DESCRIBE_S, timeout_s))
     check_version(told.protocol_version)
     if told.public_bytes > MAX_PUBLIC_BYTES:
         raise ProtocolViolation("the server announces a public model that is too large")

@@ -357,6 +357,17 @@ class RequestQueue(Generic[Outgoing]):
             yield message
 
 
+def ask(method: Callable[..., Any], request: Any, peer: str, timeout_s: float, **terms: Any) -> Any:
+    """The answer of a call that has one. Raises the translated error, or PeerError if the peer ended the call without it."""
+    try:
+        answer = method(request, timeout=timeout_s, **terms)
+    except grpc.RpcError as error:
+        raise translate(error, peer) from None
+    if answer is None:
+        raise PeerError(f"{peer} ended the call early")
+    return answer
+
+
 def next_message(messages: Iterator[Incoming], peer: str) -> Incoming:
     """The next message of a call. Raises the translated error, or PeerError if the peer ended the stream."""
     try:

@@ -21,7 +21,7 @@ from protocol.model import Model, load
 from protocol.plan import Plan, make_plan
 from protocol.prg import Seed
 from protocol.simulation import server_graph
-from protocol.transport import next_message, translate, when_over
+from protocol.transport import ask, next_message, when_over
 from protocol.wire import PROTOCOL_VERSION, SECRET_BYTES, ChunkReceiver, check_bytes, to_chunks
 from server.state import State
 
@@ -82,10 +82,7 @@ class HostedModel:
                                                        registration_secret=self._secret, public_bytes=len(self.public_bytes))),
                     *to_chunks(0, (self.public_bytes,), carrier=pb.RegisterUp)]
         with self._lock:
-            try:
-                reply = self._stub.Register(iter(messages), timeout=timeout_s, wait_for_ready=True)
-            except grpc.RpcError as error:
-                raise translate(error, "the dealer") from None
+            reply = ask(self._stub.Register, iter(messages), "the dealer", timeout_s, wait_for_ready=True)
             seed = Seed(check_bytes(reply.weight_mask_seed, SECRET_BYTES, "the weight mask seed"))
             masks = weight_masks(self.public, seed)
             data = b"".join(bytes(ring.to_bytes(part)) for part in make_delta(self._model, masks).values())

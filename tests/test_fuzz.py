@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client import Client
+from client import Client, list_models
 from protocol import relucent_pb2 as pb
-from protocol.errors import RelucentError
+from protocol.errors import PeerError, RelucentError
 from protocol.model import Model
 from tests import fuzzing
 from tests.conftest import serving
@@ -181,6 +181,19 @@ def test_a_message_changed_in_the_middle(peer: str, data: st.DataObject, running
         server.stop(0)
     with running.client() as client:
         agrees(client, running.catalogue.models()[0]._model)
+
+
+def test_an_answer_that_never_comes_is_missed(running: Services) -> None:
+    """A call may end well without its one answer; gRPC returns None then."""
+    relay = MessageRelay(running.server_address, lambda _method, up, message: [message] if up else [])
+    server, address = start(lambda s: s.add_generic_rpc_handlers((relay,)))
+    try:
+        with pytest.raises(PeerError, match="ended the call early"):
+            list_models(address, insecure=True)
+        with pytest.raises(PeerError, match="ended the call early"):
+            Client(address, running.dealer_address, insecure=True, cache=running.cache, timeout_s=8)
+    finally:
+        server.stop(0)
 
 
 def test_seeds() -> None:
