@@ -24,9 +24,9 @@ from model_opt.activation import count_relus, partial_activations
 from model_opt.methods.autorep import SETTLED
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
 from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, reduction, table_row, taken_in
+from model_opt.teachers import mentor
 from model_opt.training import (
     NORM_IMAGES,
-    Ensemble,
     Recipe,
     TrainingError,
     TrainingFailure,
@@ -61,6 +61,8 @@ Shift = Annotated[float, typer.Option(help="Augmentation: largest shift, as a fr
 Cutout = Annotated[float, typer.Option(help="Augmentation: side of the hole, as a fraction of the side; 0 for none.", min=0, max=1)]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")]
 Distil = Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")]
+Logits = Annotated[Path | None, typer.Option(
+    help="File that keeps the teachers' outputs: further runs of the same teachers, data, seed, batch and augmentation read them there.")]
 Link = Annotated[str | None, typer.Option(help="Link of --target-ms: loopback (the default), lan, wan, mobile.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--option", "-o", help="A setting of the method, as name=value; repeatable.")]
 
@@ -91,6 +93,13 @@ def _check_writable(path: Path) -> None:
         raise TrainingFailure(f"cannot write {path}: {error.strerror}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise TrainingFailure(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'no permission'}")
+
+
+def _check_logits(logits: Path | None, taught: bool) -> None:
+    if logits is not None and not taught:
+        raise InputError("--logits keeps what teachers say, and this run has none", "leave --logits out, or distil from a teacher")
+    if logits is not None:
+        _check_writable(logits)
 
 
 def _recipe(**settings: Any) -> Recipe:
@@ -202,13 +211,14 @@ def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe,
 
 def _run_method(settings: dict[str, Any], options: dict[str, Any], teacher: nn.Module, info: files.NetworkInfo,
                 splits: tuple[data.Split, data.Split], recipe: Recipe, *folders: Path,
-                start: nn.Module | None = None, teachers: Sequence[nn.Module] = ()) -> tuple[methods.Reduced, dict[str, Any]]:
+                start: nn.Module | None = None, teachers: Sequence[nn.Module] = (),
+                logits: Path | None = None) -> tuple[methods.Reduced, dict[str, Any]]:
     """The reduced network and the facts of the run. folders: of the run, and perhaps another of what other budgets share with it."""
     total = methods.count_all(teacher, info.input_shape)
     torch.manual_seed(recipe.seed)
     result = methods.reduce(teacher, method=settings["method"], budget=settings["budget"], data=splits, recipe=recipe, folder=folders[0],
                             shared=folders[-1], distil=settings["distil"], rebuild=_rebuild(info), start=start,
-                            teachers=teachers, **options)
+                            teachers=teachers, logits=logits, **options)
     made_by = {"command": "reduce", **settings, "relus": result.relus, "total": total,
                "validation_accuracy": result.validation_accuracy, "validation_images": len(splits[1]),
                "minutes": minutes_spent(*folders), "epochs_spent": epochs_spent(*folders),
@@ -269,11 +279,13 @@ def train(
         help="Network to distil from, of any kind; several times for the mean of several.")] = None,
     fold_in: Annotated[int, typer.Option(
         help="Validation images to train on too, for a last run whose settings are chosen; the others still validate.", min=0)] = 0,
+    logits: Logits = None,
     run: Run = None,
     download: Download = False,
 ) -> None:
     """Train an all-ReLU network, which becomes the teacher of ReLU reduction, or go on with a network of any kind."""
     _check_writable(out)
+    _check_logits(logits, bool(teacher))
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     infos: list[files.NetworkInfo] = []
@@ -302,7 +314,7 @@ def train(
     training, validation = training.joined(validation[:fold_in]), validation[taken:]
     where = run or Path("runs") / out.stem
     score = fit(model, training, validation, recipe, where, stage=stage, label="train",
-                teacher=Ensemble(mentors) if len(mentors) > 1 else mentors[0] if mentors else None,
+                teacher=mentor(mentors, logits) if mentors else None,
                 settings={"network": network, "width": width, "from": origin})
     if world()[0] > 0:
         return
@@ -382,6 +394,7 @@ def reduce(
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
     seed: Seed = 0,
+    logits: Logits = None,
     run: Run = None,
     download: Download = False,
 ) -> None:
@@ -389,6 +402,7 @@ def reduce(
     path, *further = teacher
     parent, info = _teacher(path)
     _check_writable(out)
+    _check_logits(logits, distil)
     goal = {"target_ms": target_ms, "target_bytes": target_bytes, "link": link}
     for name in ("target_ms", "target_bytes"):
         if goal[name] == 0:
@@ -414,7 +428,7 @@ def reduce(
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
     settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin, mentors))
     result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin,
-                                  teachers=mentors)
+                                  teachers=mentors, logits=logits)
     if world()[0] > 0:
         return
     if begin is not None:
@@ -442,11 +456,13 @@ def pareto(
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
     distil: Distil = True,
+    logits: Logits = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0",
     test: Annotated[bool, typer.Option("--test", help="Also measure each network on the test images, once.")] = False,
 ) -> None:
     """Reduce one teacher with several methods, budgets and seeds; what is finished is not run again."""
     parent, info = _teacher(teacher)
+    _check_logits(logits, distil)
     total = methods.count_all(parent, info.input_shape)
     try:
         counts = [round(float(b[:-1]) / 100 * total) if b.endswith("%") else int(b) for b in budgets.split(",")]
@@ -479,7 +495,8 @@ def pareto(
                 made = _finished(facts, settings)
                 if made is None:
                     try:
-                        result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem, shared)
+                        result, made_by = _run_method(settings, options, parent, info, splits, recipe, out / "runs" / stem, shared,
+                                                      logits=logits)
                     except methods.BudgetError as error:
                         impossible.append({"label": label, "budget": count, "seed": seed, "reason": str(error)})
                         continue

@@ -177,20 +177,6 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return (each * usable).mean() * temperature**2
 
 
-class Ensemble(nn.Module):
-    """Several teachers as one: the mean of their logits, for each image of those that are finite."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes); not finite where no member's are."""
-        logits = torch.stack([member(x).float() for member in self.members])
-        usable = logits.isfinite().all(2, keepdim=True)
-        return torch.where(usable, logits, 0.0).sum(0) / usable.sum(0)
-
-
 @torch.no_grad()
 def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
     """One network with the mean of the weights of several that were trained on from the same one (Izmailov et al. 2018).

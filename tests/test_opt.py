@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,33 @@ def test_pareto_searches_once_for_all_budgets(place: Path) -> None:
     rows = json.loads(Path("table/pareto.json").read_text())["rows"]
     assert [row["epochs"] for row in rows] == [3, 3]  # what it would take alone
     assert len(list(Path("table/runs").rglob("prune"))) == 1
+
+
+def test_budgets_share_what_their_teacher_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two budgets, and a training with the same teacher and augmentation: the file of logits grows with the first run alone."""
+    kept = Path("runs/logits")
+
+    def lessons() -> int:
+        with closing(sqlite3.connect(kept)) as store:
+            return int(store.execute("SELECT count(*) FROM logits").fetchone()[0])
+
+    settings = SHORT | {"lr": 0.01, "logits": kept}
+    pareto(Path("teacher"), Path("table"), "200", ["autorep"], **settings)
+    first = lessons()
+    pareto(Path("teacher"), Path("table"), "200,100", ["autorep"], **settings)
+    train(Path("again"), start=Path("teacher"), teacher=[Path("teacher")], **settings)
+    assert first == lessons() > 0
+    for wrong in (lambda: train(Path("none"), **settings),
+                  lambda: reduce([Path("teacher")], Path("none"), budget=50, distil=False, **settings),
+                  lambda: pareto(Path("teacher"), Path("none"), "50", ["autorep"], distil=False, **settings)):
+        with pytest.raises(SystemExit):
+            wrong()
+        refused(capsys, "--logits keeps what teachers say, and this run has none")
+    kept.write_bytes(b"no file of logits" * 100)
+    with pytest.raises(SystemExit) as ended:
+        reduce([Path("teacher")], Path("none"), budget=40, **settings)
+    refused(capsys, "cannot keep the teachers' logits in runs/logits", "pass another --logits")
+    assert ended.value.code == 1
 
 
 def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

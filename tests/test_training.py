@@ -17,7 +17,8 @@ from torch import nn
 import model_opt.training as module
 from model_opt.files import NetworkFileError, load_network, serialise_network
 from model_opt.networks import build
-from model_opt.training import Ensemble, Recipe, TrainingError, distillation_loss, fit, reestimate_norms
+from model_opt.teachers import Ensemble, mentor
+from model_opt.training import Recipe, TrainingError, TrainingFailure, distillation_loss, fit, reestimate_norms
 from tests.samples import learnable, network_info
 
 
@@ -259,3 +260,37 @@ def test_teachers_that_explode_on_an_image_are_left_out_there() -> None:
     assert loss.item() == pytest.approx(2 / 3 * distillation_loss(student[:2], both[:2], 4.0).item(), rel=1e-6)
     loss.backward()
     assert student.grad is not None and student.grad.isfinite().all() and not student.grad[2].any() and student.grad[:2].all()
+
+
+def test_remembered_logits_change_nothing_and_save_the_teachers_passes(tmp_path: Path) -> None:
+    """A second run of the same teachers, images, seed and augmentation asks nothing of them; of another seed or teacher it does."""
+    asked: list[int] = []
+
+    class Counted(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            asked.append(len(x))
+            return self.network(x)  # type: ignore[no-any-return]
+
+    def run(name: str, file: Path | None, seed: int = 0, teacher_seed: int = 1) -> tuple[nn.Module, int]:
+        torch.manual_seed(teacher_seed)
+        teachers = [Counted(build("resnet18", 4)), Counted(build("resnet18", 4))]
+        torch.manual_seed(2)
+        student = build("resnet18", 4)
+        before = len(asked)
+        fit(student, learnable(64), learnable(10), Recipe(epochs=2, batch=32, seed=seed), tmp_path / name, teacher=mentor(teachers, file))
+        return student, len(asked) - before
+
+    file = tmp_path / "folder" / "logits.sqlite"
+    (plain, without), (first, asking), (second, asking_again) = run("plain", None), run("first", file), run("second", file)
+    assert (without, asking, asking_again) == (8, 8, 0)
+    for student in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), student.state_dict().values()))
+    assert run("seed", file, seed=1)[1] == 8 and run("teacher", file, teacher_seed=3)[1] == 8
+    run("plain", file)  # finished without the file: the same run with it, so nothing is left to do
+    file.write_bytes(b"no database" * 1000)
+    with pytest.raises(TrainingFailure, match="cannot keep the teachers' logits"):
+        run("broken", file)

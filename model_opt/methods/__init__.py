@@ -41,7 +41,7 @@ def make_options(method: str, values: dict[str, Any]) -> Any:
 def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Dataset | tuple[Split, Split], recipe: Recipe | None = None,
            folder: Path = Path("runs/reduce"), shared: Path | None = None, distil: bool = True,
            rebuild: Callable[[float, int], nn.Module] | None = None, start: nn.Module | None = None,
-           teachers: Sequence[nn.Module] = (), **options: Any) -> Reduced:
+           teachers: Sequence[nn.Module] = (), logits: Path | None = None, **options: Any) -> Reduced:
     """Reduce the ReLUs of a trained network to a budget.
 
     Args:
@@ -57,6 +57,8 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         start: network that AutoReP made of the same model with the same options, at a larger or smaller budget, to start from.
         teachers: further networks to distil from, of the same images and classes: from the mean of all logits. Not for SENet, which
             compares activations with the model's.
+        logits: file in which the teachers' outputs are kept: runs with the same teachers, images, seed, batch and augmentation that are
+            given the same one do not compute them again. Not for SENet's search and tuning.
 
     Raises BudgetError, CompileError, DataError, TrainingError, ValueError.
     """
@@ -76,7 +78,7 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
         raise BudgetError(f"the network gives {'x'.join(map(str, outputs))} numbers for an image, the data has {classes} classes; "
                           "pass the data that it was trained on")
     task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild,
-                shared, start, teachers)
+                shared, start, teachers, logits)
     return METHODS[method][1](task, chosen)
 
 

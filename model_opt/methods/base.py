@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from model_opt.activation import RELU, PartialActivation, count_relus, partial_activations, replace_relus
 from model_opt.data import Split
 from model_opt.networks import activation_shapes
-from model_opt.training import Ensemble, Recipe, Stage, digest
+from model_opt.teachers import mentor
+from model_opt.training import Recipe, Stage, digest
 
 
 class BudgetError(ValueError):
@@ -63,7 +64,7 @@ class Task:
     rebuild: makes an untrained network of the teacher's family from a width factor and a stem stride; None if unknown.
     shared: folder in which runs of other budgets find what does not depend on it; None for none.
     start: reduced network of the teacher's architecture whose weights and ReLUs the student starts from; None for the teacher's.
-    besides: further networks to distil from.
+    besides: further networks to distil from. logits: file in which all their outputs are kept for runs of the same seed; None for none.
     """
 
     teacher: nn.Module
@@ -77,6 +78,7 @@ class Task:
     shared: Path | None = None
     start: nn.Module | None = None
     besides: Sequence[nn.Module] = ()
+    logits: Path | None = None
 
     @property
     def searches(self) -> Path:
@@ -90,9 +92,7 @@ class Task:
     @property
     def mentor(self) -> nn.Module | None:
         """What the student shall distil from, if it shall: the teacher, or its mean with those besides."""
-        if not self.distil:
-            return None
-        return Ensemble([self.teacher, *self.besides]) if self.besides else self.teacher
+        return mentor([self.teacher, *self.besides], self.logits) if self.distil else None
 
     def settings(self, options: Any) -> dict[str, Any]:
         """What a resumed run must share: the budget, and all of `search_settings`."""
