@@ -91,7 +91,8 @@ def test_every_method_keeps_its_budget_and_runs_privately(case: str, teacher: nn
         fixed = simulate(model, x.double())
         # large squares leave few fractional bits
         assert torch.allclose(fixed, again(x).double(), atol=0.5 if eight_bits else 0.1, rtol=0.03)
-        assert torch.allclose(infer(model, x.double()).logits, fixed, atol=0.01)
+        # truncation rounds at random, and squares carry what it does on in proportion
+        assert torch.allclose(infer(model, x.double()).logits, fixed, atol=0.01, rtol=2e-3)
 
 
 def test_a_finished_run_is_not_repeated(teacher: nn.Module, tmp_path: Path) -> None:
