@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.accuracy import measure_accuracy
 from benchmarks.latency import measure
 from benchmarks.processes import environment
-from model_opt.compiler import compile_model, fixed_point_accuracy
+from model_opt.compiler import compile_model, fixed_point_score
 from model_opt.datasets import open_dataset
 from model_opt.files import check_fits, load_network
 from model_opt.runs import table_row
@@ -69,7 +69,7 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
             say(f"{name}: float accuracy")
             row["test_accuracy"] = accuracy(network, unseen)
             say(f"{name}: fixed-point accuracy")
-            row["fixed_point_accuracy"] = fixed_point_accuracy(model, unseen)
+            row["fixed_point_accuracy"] = fixed_point_score(model, unseen).accuracy
             with tempfile.TemporaryDirectory() as temporary:
                 compiled = Path(temporary) / "model.safetensors"
                 save(model, compiled)

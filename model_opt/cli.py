@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from model_opt.training import (
     changed_settings,
     digest,
     fit,
+    score,
     world,
     write_atomically,
 )
@@ -341,7 +343,10 @@ def average_networks(
     image_size: ImageSize = 0,
     held_out: Annotated[int, typer.Option(help="Last validation images to measure on; 0: all that no --fold-in took.", min=0)] = 0,
 ) -> None:
-    """Average the weights of networks of one lineage: often a little better than each, at the cost of one."""
+    """Average the weights of networks of one lineage: often a little better than each, at the cost of one.
+
+    One that is named twice counts twice.
+    """
     if len(networks) < 2:
         raise InputError("one network has no average", "name two or more")
     _check_writable(out)
@@ -360,11 +365,11 @@ def average_networks(
     taken = len(validation) - (held_out or len(unseen))
     training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, validation[taken:]))
     model = average([model for model, _ in loaded], training[:NORM_IMAGES])
-    score = accuracy(model, validation)
-    made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken, "validation_accuracy": score,
-               "validation_images": len(validation)}
+    measured = score(model, validation)
+    made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken,
+               "validation_accuracy": measured.accuracy, "validation_images": len(validation)}
     _write(out, files.serialise_network(model, replace(infos[-1], made_by=made_by)))
-    print(f"wrote {out}: validation accuracy {score:.2%} of {len(validation):,} images")
+    print(f"wrote {out}: validation {measured} of {len(validation):,} images")
 
 
 @app.command()
@@ -634,7 +639,7 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Only the first LIMIT images; 0 for all.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Accuracy of FILE: in float for a network, in simulated fixed point for a compiled model."""
+    """Accuracy and cross entropy of FILE: in float for a network, in simulated fixed point for a compiled model."""
     if split not in ("validation", "test"):
         raise InputError(f"unknown split {split!r}", "use validation or test")
     source = _open(folder, dataset, image_size, False)
@@ -643,15 +648,15 @@ def evaluate(
         model, info = files.load_network(file)
         files.check_fits(source, images.shape, info, file)
         images = (images if split == "test" else _unseen(images, [info]))[:limit or None]
-        kind, score, relus = "float", accuracy(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
+        kind, measured, relus = "float", score(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
         relus = relus if info.partial else methods.count_all(model, info.input_shape)
     except files.NetworkFileError:
         loaded = _load_compiled(file)
         files.check_fits(source, images.shape, loaded.public, file)
         images = replace(images[:limit or None], mean=loaded.public.mean, std=loaded.public.std)
-        kind, score, relus = "fixed_point", compiler.fixed_point_accuracy(loaded, images), loaded.public.relus
+        kind, measured, relus = "fixed_point", compiler.fixed_point_score(loaded, images), loaded.public.relus
     if as_json:
-        print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": score,
-                          "relus": relus}))
+        print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": measured.accuracy,
+                          "cross_entropy": measured.cross_entropy if math.isfinite(measured.cross_entropy) else None, "relus": relus}))
     else:
-        print(f"{kind} accuracy {score:.2%} on {len(images):,} {split} images, {relus:,} ReLUs")
+        print(f"{kind} {measured} on {len(images):,} {split} images, {relus:,} ReLUs")

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, Tracer, replace_relus, separate_relus
 from model_opt.data import Split
+from model_opt.training import Score
 from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
 from protocol.plan import make_plan
 from protocol.ring import RING_BITS
@@ -364,11 +365,7 @@ def _calibrate(public: PublicModel, reals: dict[str, Tensor], images: Tensor, ei
                        "are the calibration images normalised?")
 
 
-def fixed_point_accuracy(model: Model, split: Split) -> float:
-    """Top-1 accuracy in simulated fixed point, as a fraction. Shows its progress on stderr."""
-    hits = 0
-    starts = range(0, len(split), IMAGES_AT_ONCE)
-    for start in track(starts, description="fixed point", console=Console(stderr=True), transient=True):
-        part = split[start : start + IMAGES_AT_ONCE]
-        hits += int((simulate(model, part.normalised()).argmax(1) == part.labels).sum())
-    return hits / len(split)
+def fixed_point_score(model: Model, split: Split) -> Score:
+    """Accuracy and cross entropy in simulated fixed point. Shows its progress on stderr."""
+    starts = track(range(0, len(split), IMAGES_AT_ONCE), description="fixed point", console=Console(stderr=True), transient=True)
+    return Score.of(torch.cat([simulate(model, split[start : start + IMAGES_AT_ONCE].normalised()) for start in starts]), split.labels)

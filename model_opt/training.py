@@ -198,18 +198,41 @@ def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
     return mean
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a network is worth on labelled images.
+
+    accuracy: top-1, as a fraction. cross_entropy: mean over the images, in nats; it orders networks where the images are too few for
+    their accuracies to differ. Not finite if a logit is not.
+    """
+
+    accuracy: float
+    cross_entropy: float
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> Score:
+        """logits: real (N, classes). labels: int64 (N,)."""
+        return cls(float((logits.argmax(1) == labels).double().mean()), float(nn.functional.cross_entropy(logits.double(), labels)))
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.2%}, cross entropy {self.cross_entropy:.3f}"
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> float:
-    """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
+def score(model: nn.Module, split: Split) -> Score:
+    """Accuracy and cross entropy without augmentation; in float32 unless the caller autocasts."""
     where, batch = device_of(model), split.inference_batch(500)
     was_training = model.training
     model.eval()
-    hits = 0
-    for start in range(0, len(split), batch):
-        part = split[start : start + batch].to(where)
-        hits += int((model(part.normalised().contiguous(memory_format=torch.channels_last)).argmax(1) == part.labels).sum())
+    parts = (split[start : start + batch].to(where) for start in range(0, len(split), batch))
+    logits = torch.cat([model(part.normalised().contiguous(memory_format=torch.channels_last)) for part in parts])
     model.train(was_training)
-    return hits / len(split)
+    return Score.of(logits, split.labels.to(where))
+
+
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Top-1 accuracy without augmentation, as a fraction; in float32 unless the caller autocasts."""
+    return score(model, split).accuracy
 
 
 @torch.no_grad()

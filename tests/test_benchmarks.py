@@ -23,6 +23,7 @@ from benchmarks.report import MARKS, latency_table, make_report, targets_table, 
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
+from model_opt.training import Score
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
 from protocol.plan import make_plan
@@ -169,7 +170,7 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
 
     monkeypatch.setattr(methods, "measure_accuracy", measure_accuracy)
     monkeypatch.setattr(methods, "measure", lambda *_, **__: sweep_row() | {"rounds": 18})
-    monkeypatch.setattr(methods, "fixed_point_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(methods, "fixed_point_score", lambda *_: Score(0.5, 1.0))
     kept: list[list[str]] = []
 
     def measure(paths: list[Path], done: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,32 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
     pareto(Path("parent"), Path("table"), "200", ["autorep"], **SHORT, lr=0.01)  # takes its finished row
     (row,) = json.loads(Path("table/pareto.json").read_text())["rows"]
     assert row["validation_images"] == len(kept) - 1
+
+
+def test_evaluation_gives_accuracy_and_cross_entropy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of networks and of compiled models; no number where logits are none."""
+    images = replace(open_dataset(Path("data")).load_train()[1], mean=MEAN, std=STD)
+    network = load_network(Path("teacher"))[0]
+    save(compile_model(network, images.normalised(), name="m", classes=("cat", "dog"), mean=MEAN, std=STD), Path("model"))
+    logits = network(images.normalised()).detach()
+    expected = float(nn.functional.cross_entropy(logits, images.labels))
+
+    def evaluated(name: str) -> dict[str, Any]:
+        capsys.readouterr()
+        evaluate(Path(name), as_json=True)
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    plain, fixed = evaluated("teacher"), evaluated("model")
+    assert plain["accuracy"] == float((logits.argmax(1) == images.labels).double().mean())
+    assert (plain["arithmetic"], fixed["arithmetic"]) == ("float", "fixed_point")
+    assert plain["cross_entropy"] == pytest.approx(expected, abs=1e-5) and fixed["cross_entropy"] == pytest.approx(expected, abs=0.01)
+    evaluate(Path("teacher"))
+    assert f"cross entropy {expected:.3f} on {len(images)} validation images" in capsys.readouterr().out
+    with torch.no_grad():
+        network.get_parameter("fc.bias").fill_(torch.inf)
+    Path("broken").write_bytes(serialise_network(network, load_network(Path("teacher"))[1]))
+    assert evaluated("broken")["cross_entropy"] is None
 
 
 def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +280,8 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     states = [load_network(Path(name))[0].state_dict() for name in ("out", "better", "mean")]
     weight = "blocks.0.conv1.weight"
     assert torch.allclose((states[0][weight] + states[1][weight]) / 2, states[2][weight])
+    average_networks([Path("out"), Path("better"), Path("better")], Path("heavier"))  # one that is named twice counts twice
+    assert torch.allclose((states[0][weight] + 2 * states[1][weight]) / 3, load_network(Path("heavier"))[0].state_dict()[weight], atol=1e-6)
     masks = [name for name in states[0] if name.endswith(".mask")]
     assert masks and all(torch.equal(states[0][name], states[2][name]) for name in masks)
     mean = table_row(load_network(Path("mean"))[1], "mean")
