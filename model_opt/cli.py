@@ -61,6 +61,8 @@ Schedule = Annotated[str, typer.Option(help="one-cycle (warm-up, then cosine) or
 Ema = Annotated[float, typer.Option(help="Decay per step of an average of the weights; 0 for none.", min=0, max=0.9999)]
 Shift = Annotated[float, typer.Option(help="Augmentation: largest shift, as a fraction of the side.", min=0, max=0.5)]
 Cutout = Annotated[float, typer.Option(help="Augmentation: side of the hole, as a fraction of the side; 0 for none.", min=0, max=1)]
+Noise = Annotated[float, typer.Option(
+    help="Augmentation: largest standard deviation of white noise, in grey levels of 255; 0 for none.", min=0, max=255)]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")]
 Distil = Annotated[bool, typer.Option(help="Distil from the teacher; else label smoothing only.")]
 Logits = Annotated[Path | None, typer.Option(
@@ -274,6 +276,7 @@ def train(
     start_size: Annotated[int, typer.Option(help="Side of the images at first; they grow to full size. 0: full throughout.", min=0)] = 0,
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
+    noise: Noise = 0.0,
     seed: Seed = 0,
     start: Annotated[Path | None, typer.Option(
         "--from", help="Network to go on from, in place of --network and --width; a reduced one keeps its choice of ReLUs.")] = None,
@@ -306,7 +309,7 @@ def train(
         except ValueError as error:
             raise InputError(str(error)) from error
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
-                     start_size=start_size, shift=shift, cutout=cutout, seed=seed)
+                     start_size=start_size, shift=shift, cutout=cutout, noise=noise, seed=seed)
     mentors = _teachers(teacher or [], source, training.shape, infos)
     if infos:
         training, validation = (replace(split, mean=infos[0].mean, std=infos[0].std) for split in (training, validation))
@@ -398,6 +401,7 @@ def reduce(
     distil: Distil = True,
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
+    noise: Noise = 0.0,
     seed: Seed = 0,
     logits: Logits = None,
     run: Run = None,
@@ -430,7 +434,8 @@ def reduce(
     source = _open(folder, dataset, image_size, download)
     mentors = _teachers(further, source, info.input_shape, infos)
     splits = _fitting(source, infos, path)
-    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, seed=seed)
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, noise=noise,
+                     seed=seed)
     settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin, mentors))
     result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin,
                                   teachers=mentors, logits=logits)
@@ -460,6 +465,7 @@ def pareto(
     lr: Rate = 0.05,
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
+    noise: Noise = 0.0,
     distil: Distil = True,
     logits: Logits = None,
     seeds: Annotated[str, typer.Option(help="Seeds, comma separated.")] = "0",
@@ -495,7 +501,7 @@ def pareto(
                 plain = label.replace(":", "-").replace(",", "-").replace("=", "_")
                 stem, shared = f"{plain}-{count}-{seed}", out / "runs" / f"{plain}-{seed}"
                 facts = out / f"{stem}.json"
-                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, seed=seed)
+                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, noise=noise, seed=seed)
                 settings = _settings(method, count, options, recipe, distil, sources)
                 made = _finished(facts, settings)
                 if made is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,10 +62,12 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images.float() - torch.tensor(mean, device=images.device).view(1, -1, 1, 1) * 255) / scale
 
 
-def augment(images: Tensor, generator: torch.Generator, shift: float = SHIFT, cutout: float = CUTOUT) -> Tensor:
-    """Random flip, shift after reflection padding, and a square hole set to zero; an own choice for each image.
+def augment(images: Tensor, generator: torch.Generator, shift: float = SHIFT, cutout: float = CUTOUT,
+            noise: Sequence[float] = ()) -> Tensor:
+    """Random flip, shift after reflection padding, white noise, and a square hole set to zero; an own choice for each image.
 
-    shift: largest shift, cutout: side of the hole, both as fractions of the side; 0 for none.
+    shift: largest shift, cutout: side of the hole, both as fractions of the side; 0 for none. noise: largest standard deviation for
+    each channel, in units of the images; an image has a uniform fraction of it.
     """
     count, _, height, width = images.shape
     margin, hole_side = round(height * shift), round(height * cutout)
@@ -78,6 +80,9 @@ def augment(images: Tensor, generator: torch.Generator, shift: float = SHIFT, cu
     index = torch.arange(count).view(-1, 1, 1)
     rows, columns, index = (t.to(images.device) for t in (rows[:, :, None], columns[:, None, :], index))
     cropped = padded.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
+    if any(noise):
+        deviation = torch.rand(count, 1, 1, 1, generator=generator) * torch.tensor(noise).view(1, -1, 1, 1)
+        cropped = cropped + (torch.randn(images.shape, generator=generator) * deviation).to(images.device)
     if not hole_side:
         return cropped
     inside = []
@@ -89,12 +94,14 @@ def augment(images: Tensor, generator: torch.Generator, shift: float = SHIFT, cu
 
 
 def batches(split: Split, size: int, generator: torch.Generator, share: slice = slice(None), shift: float = SHIFT,
-            cutout: float = CUTOUT) -> Iterator[tuple[Tensor, Tensor]]:
+            cutout: float = CUTOUT, noise: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented, normalised batches; the incomplete last one is left out.
 
-    share: the part of every batch that this process of several trains on; all draw the same random choices.
+    share: the part of every batch that this process of several trains on; all draw the same random choices. noise: largest standard
+    deviation, in grey levels of 255.
     """
+    deviations = [noise / 255 / std for std in split.std]
     order = torch.randperm(len(split), generator=generator).to(split.labels.device)
     for start in range(0, len(split) - size + 1, size):
         chosen = order[start : start + size]
-        yield augment(split.normalised(chosen), generator, shift, cutout)[share], split.labels[chosen][share]
+        yield augment(split.normalised(chosen), generator, shift, cutout, deviations)[share], split.labels[chosen][share]

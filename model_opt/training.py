@@ -59,7 +59,8 @@ class Recipe:
     hard_weight CE + soft_weight T^2 KL.
     ema: decay per step of an average of the weights that takes their place in the end; 0 for none.
     start_size: side of the training images at first, which then grows to the full one (progressive resizing: early
-    epochs on small images cost a fraction); 0 trains on full images throughout. shift, cutout: of augmentation, as in `data.augment`.
+    epochs on small images cost a fraction); 0 trains on full images throughout. shift, cutout, noise: of
+    augmentation, as in `data.batches`.
     """
 
     epochs: int
@@ -78,6 +79,7 @@ class Recipe:
     start_size: int = 0
     shift: float = SHIFT
     cutout: float = CUTOUT
+    noise: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -433,7 +435,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
         for epoch in range(first, recipe.epochs):
             parallel.train()
             started, total, seen = time.monotonic(), 0.0, 0
-            for x, y in batches(train, recipe.batch, generator, share, recipe.shift, recipe.cutout):
+            for x, y in batches(train, recipe.batch, generator, share, recipe.shift, recipe.cutout, recipe.noise):
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(step / steps) * group["scale"]
                 side = recipe.image_size(step / steps, x.shape[-1])

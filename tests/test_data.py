@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from model_opt import data, datasets
 from model_opt.datasets import DataError, open_dataset
-from tests.samples import write_cifar
+from tests.samples import learnable, write_cifar
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +201,25 @@ def test_augmentation_moves_flips_and_cuts() -> None:
     assert torch.equal(out, again)
 
 
-def test_processes_share_the_batches() -> None:
-    from tests.samples import learnable
+def test_noise_is_of_another_strength_for_each_image_and_known_in_grey_levels() -> None:
+    split = replace(learnable(512), std=(0.25, 0.5, 0.2))
 
+    def epoch(noise: float) -> torch.Tensor:
+        return next(data.batches(split, 512, torch.Generator().manual_seed(1), shift=0.0, cutout=0.0, noise=noise))[0]
+
+    # the same order, and no choice at random before the noise: flips agree
+    grey = (epoch(8.0) - epoch(0.0)) * torch.tensor(split.std).view(1, 3, 1, 1) * 255
+    of_images, of_channels = grey.std((1, 2, 3)), grey.std((0, 2, 3))
+    assert of_images.max() < 8.5 and of_images.max() > 7
+    assert of_images.min() < 1
+    assert torch.allclose(of_channels, torch.full((3,), 8 / 3**0.5), rtol=0.05)  # of a uniform fraction of 8
+    assert torch.equal(epoch(8.0), epoch(8.0))
+    image = torch.ones(4, 3, 32, 32)
+    holes = data.augment(image, torch.Generator().manual_seed(0), noise=(0.1, 0.1, 0.1))
+    assert int((holes == 0).all(1).flatten(1).sum(1).min()) >= 16  # a hole is empty
+
+
+def test_processes_share_the_batches() -> None:
     split = learnable(64)
 
     def epoch(share: slice) -> list[torch.Tensor]:
