@@ -22,8 +22,8 @@ from model_opt.methods.autorep import AutoRep, Options, check_start
 from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
+from model_opt.methods.senet import Mismatch, Pruning, allocate, attention, sensitivities, whole_channels
 from model_opt.methods.senet import Options as SenetOptions
-from model_opt.methods.senet import Pruning, allocate, attention, sensitivities, whole_channels
 from model_opt.methods.slimmable import make_slimmable, set_factor
 from model_opt.methods.snl import Options as SnlOptions
 from model_opt.methods.snl import Snl
@@ -491,6 +491,31 @@ def test_an_average_of_the_weights_spoils_neither_sensitivities_nor_masks(teache
     model = small()
     fit(model, TRAIN, VALIDATION, Recipe(epochs=1, batch=32, lr=0.02, ema=0.9), tmp_path, stage=Last())
     assert count_relus(model) == 0
+
+
+def test_kept_pixels_are_dropped_by_the_published_mismatch_and_stay_by_that_against_a_line() -> None:
+    torch.manual_seed(0)
+    teacher, x = small(), torch.randn(64, 3, 32, 32)
+    masks: dict[str, list[Tensor]] = {"output": [], "line": []}
+    for mismatch, found in masks.items():
+        student = small()  # the same weights
+        (layer,) = partial_activations(student).values()
+        with torch.no_grad():
+            stage = Mismatch(student, [100], SenetOptions(mismatch=mismatch), seed=0)
+            stage.begin(student, teacher)
+            for _ in range(2):  # epochs of a network that learns nothing
+                found.append(layer.mask == RELU)
+                teacher(x), student(x)
+                stage.after_step(0.5)
+                stage.after_epoch()
+            found.append(layer.mask == RELU)
+            stage.end()
+    assert [int(mask.sum()) for mask in masks["output"][1:] + masks["line"][1:]] == [100] * 4
+    assert not (masks["output"][0] & masks["output"][1]).any()  # its output is the teacher's: no mismatch
+    assert not (masks["output"][1] & masks["output"][2]).any()
+    assert torch.equal(masks["line"][1], masks["line"][2])
+    with pytest.raises(ValueError, match="unknown mismatch"):
+        SenetOptions(mismatch="input")
 
 
 def test_attention_maps_have_unit_length() -> None:

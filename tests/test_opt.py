@@ -236,7 +236,8 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
     (tested,) = rows(test=True)
     assert tested == first | {"test_accuracy": tested["test_accuracy"]} and 0 <= tested["test_accuracy"] <= 1
     assert Path("table/autorep-200-0.safetensors").read_bytes() == network
-    for changes, name in (({"epochs": 2}, "epochs"), ({"lr": 0.02}, "lr"), ({"distil": False}, "distil"), ({"shift": 0.0}, "shift"), ({"noise": 2.0}, "noise")):
+    for changes, name in (({"epochs": 2}, "epochs"), ({"lr": 0.02}, "lr"), ({"distil": False}, "distil"), ({"shift": 0.0}, "shift"),
+                          ({"noise": 2.0}, "noise")):
         with pytest.raises(SystemExit):
             rows(**changes)
         refused(capsys, f"other settings ({name})")

@@ -41,19 +41,21 @@ def weights_before(model: nn.Module) -> dict[str, str]:
 
 
 class Recorder:
-    """Keeps the outputs of named modules of a network in its latest forward pass; `close` when done."""
+    """Keeps inputs and outputs of named modules of a network in its latest forward pass; `close` when done."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
-        def record(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.outputs[name] = output
+        def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.inputs[name], self.outputs[name] = args[0], output
 
         return record
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self.inputs.clear()
         self.outputs.clear()

@@ -29,7 +29,10 @@ from model_opt.training import NORM_IMAGES, Stage, fit
 class Options:
     """Of SENet. density: of the pruned teacher. prune, search: fractions of the epochs for stages 1 and 2.
 
-    granularity: "pixel" or "channel". gamma, alpha: weights of cross entropy and distillation in stage 3; stage 2 weighs them equally.
+    granularity: "pixel" or "channel". mismatch: what of the student stage 2 compares with the teacher's activation: "output", its own
+    (as published), or "line", what a line would give in its place. A pixel that keeps its ReLU differs little from the teacher, so
+    the published form drops most of the kept pixels after an epoch, which "line" does not.
+    gamma, alpha: weights of cross entropy and distillation in stage 3; stage 2 weighs them equally.
     beta: weight of the PRAM loss. tune_lr: peak rate of stage 3, as a fraction of the recipe's.
     widths: narrower widths to train along in stage 3, such as (0.5,): SENet++.
     """
@@ -38,6 +41,7 @@ class Options:
     prune: float = 0.1
     search: float = 0.4
     granularity: str = "pixel"
+    mismatch: str = "output"
     gamma: float = 0.1
     alpha: float = 0.5
     beta: float = 1000.0
@@ -46,6 +50,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_granularity(self.granularity)
+        if self.mismatch not in ("output", "line"):
+            raise ValueError(f"unknown mismatch {self.mismatch!r}; known: output, line")
         for name, fractions in (("density", [self.density]), ("prune", [self.prune]), ("search", [self.search]), ("widths", self.widths)):
             if any(not 0 < fraction < 1 for fraction in fractions):
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
@@ -139,9 +145,9 @@ def sensitivities(task: Task, options: Options, epochs: int) -> dict[str, float]
 class Mismatch(Stage):
     """Stage 2: masks follow the mismatch of activations. counts: ReLUs of each layer."""
 
-    def __init__(self, student: nn.Module, counts: list[int], granularity: str, seed: int) -> None:
+    def __init__(self, student: nn.Module, counts: list[int], options: Options, seed: int) -> None:
         self.layers = partial_activations(student)
-        self.counts, self.granularity = counts, granularity
+        self.counts, self.options = counts, options
         self.sums: dict[str, Tensor] = {}
         self.changed = 0.0
         generator = torch.Generator().manual_seed(seed)
@@ -160,8 +166,9 @@ class Mismatch(Stage):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
+        mine = self.mine.inputs if self.options.mismatch == "line" else self.mine.outputs
         for name in self.layers:
-            gap = (self.theirs.outputs[name] - self.mine.outputs[name]).abs().float().sum(0)
+            gap = (self.theirs.outputs[name] - mine[name]).abs().float().sum(0)
             self.sums[name] = self.sums[name] + gap if name in self.sums else gap
 
     @torch.no_grad()
@@ -172,7 +179,7 @@ class Mismatch(Stage):
             if torch.distributed.is_initialized():  # each process has seen its share of the images
                 torch.distributed.all_reduce(score)
             keep = torch.zeros(layer.mask.numel(), dtype=torch.bool, device=layer.mask.device)
-            if self.granularity == "channel":
+            if self.options.granularity == "channel":
                 keep = keep.view(len(layer.mask), -1)
                 keep[score.reshape(len(score), -1).sum(1).argsort(descending=True)[: count // keep.shape[1]]] = True
             else:
@@ -235,7 +242,7 @@ def reduce(task: Task, options: Options) -> Reduced:
         layer.freeze()
     recipe = replace(task.recipe, hard_weight=0.5, soft_weight=0.5)
     fit(student, task.train, task.validation, replace(recipe, epochs=search, ema=0.0), task.folder / "search", teacher=task.teacher,
-        stage=Mismatch(student, counts, options.granularity, recipe.seed), label="senet search", settings=task.settings(options))
+        stage=Mismatch(student, counts, options, recipe.seed), label="senet search", settings=task.settings(options))
     tuning = replace(recipe, epochs=tune, lr=recipe.lr * options.tune_lr, hard_weight=options.gamma, soft_weight=options.alpha)
     images = {name for name, layer in partial_activations(student).items() if layer.mask.dim() == 3}
     ends = [names[-1] for names in stages(student, task.shape) if names[-1] in images]
