@@ -19,8 +19,8 @@ from rich.table import Table
 from benchmarks.latency import measure_plaintext
 from benchmarks.plaintext import Plaintext, with_all_relus
 from benchmarks.processes import serving
-from client.images import load_image
 from protocol.errors import PeerError
+from protocol.images import load_image
 from protocol.inference import normalise_images
 from protocol.model import Model, load, save
 

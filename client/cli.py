@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from client.api import Client, default_stock, list_models
-from client.images import check_image, load_image
 from protocol.errors import InputError
+from protocol.images import check_image, load_image
 from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,

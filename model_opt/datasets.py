@@ -22,14 +22,16 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from model_opt.data import Split
+from protocol.errors import InputError
+from protocol.images import decode
 
 CIFAR_VALIDATION = 5_000
 CIFAR_PIXELS = 3 * 32 * 32
@@ -105,20 +107,18 @@ class Cifar(Dataset):
 
 
 def _decode(paths: Sequence[Path], size: int) -> Tensor:
-    """RGB pixels of image files as uint8 (N, 3, H, W); resized to size x size unless that is 0."""
+    """RGB pixels of image files as uint8 (N, 3, H, W), as a client would send them; resized to size x size unless that is 0."""
 
     def read(path: Path) -> np.ndarray:
         try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-                return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR) if size else rgb)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} is no readable image; remove or replace it") from error
+            return decode(path, size=(size, size) if size else None)[0]
+        except InputError as error:
+            raise DataError(f"{error.args[0]}; remove or replace it") from error
 
     first = read(paths[0])
-    height, width, channels = first.shape
+    _, height, width = first.shape
     try:
-        out = np.empty((len(paths), channels, height, width), np.uint8)
+        out = np.empty((len(paths), *first.shape), np.uint8)
     except MemoryError as error:
         raise DataError(f"{len(paths):,} images of {width}x{height} do not fit into memory; pass a smaller --image-size") from error
 
@@ -126,8 +126,8 @@ def _decode(paths: Sequence[Path], size: int) -> Tensor:
         pixels = read(paths[index])
         if pixels.shape != first.shape:
             raise DataError(f"images of several sizes: {paths[0]} is {width}x{height}, {paths[index]} is "
-                            f"{pixels.shape[1]}x{pixels.shape[0]}; pass --image-size to resize them all")
-        out[index] = pixels.transpose(2, 0, 1)
+                            f"{pixels.shape[2]}x{pixels.shape[1]}; pass --image-size to resize them all")
+        out[index] = pixels
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(len(paths)), chunksize=64):
@@ -146,11 +146,14 @@ class ImageFiles(Dataset):
         """Files of each class in order, for "train", "validation" or "test". Raises DataError."""
 
     def _load(self, groups: list[list[Path]]) -> Split:
-        """The images of all classes in a fixed random order, so that the first ones are a sample of the whole."""
+        """The images of all classes in a fixed random order."""
+        examples = self._examples(groups)
+        return self._split(_decode([path for path, _ in examples], self._size), torch.tensor([label for _, label in examples]))
+
+    def _examples(self, groups: list[list[Path]]) -> list[tuple[Path, int]]:
+        """Files and labels in that order."""
         examples = [(path, label) for label, group in enumerate(groups) for path in group]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-        images = _decode([examples[i][0] for i in order], self._size)
-        return self._split(images, torch.tensor([examples[i][1] for i in order]))
+        return [examples[i] for i in torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()]
 
     def load_train(self) -> tuple[Split, Split]:
         return self._load(self._files("train")), self._load(self._files("validation"))
@@ -216,7 +219,21 @@ class ClassFolders(ImageFiles):
         if len(self.classes) < 2:
             raise DataError(f"{root} holds no data set: neither cifar-10-batches-bin/, cifar-100-binary/ or tiny-imagenet-200/ nor "
                             f"train/ with two or more class folders; pass --data with the right folder{OR_FETCH}")
-        self.mean, self.std = (0.5,) * 3, (0.25,) * 3
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the channels over a thousand training images, or all if they are fewer."""
+        examples = self._examples(self._files("train"))
+        pixels = _decode([path for path, _ in examples[:: -(-len(examples) // 1000)]], self._size).float() / 255
+        return pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+
+    @cached_property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(round(float(v), 4) for v in self._statistics[0])
+
+    @cached_property
+    def std(self) -> tuple[float, ...]:
+        return tuple(round(max(float(v), 0.01), 4) for v in self._statistics[1])
 
     def _folder(self, split: str) -> str:
         """Folder of a split; "" if the validation images are part of train/."""
@@ -242,10 +259,7 @@ class ClassFolders(ImageFiles):
         if train.shape != validation.shape:
             raise DataError(f"training images are {train.shape[2]}x{train.shape[1]}, validation images {validation.shape[2]}x"
                             f"{validation.shape[1]}; pass --image-size to resize them all")
-        pixels = train.images[:: -(-len(train) // 1000)].float() / 255
-        self.mean = tuple(round(float(v), 4) for v in pixels.mean((0, 2, 3)))
-        self.std = tuple(round(max(float(v), 0.01), 4) for v in pixels.std((0, 2, 3)))
-        return self._split(train.images, train.labels), self._split(validation.images, validation.labels)
+        return train, validation
 
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "folder")

@@ -117,6 +117,26 @@ def test_class_folders(tmp_path: Path) -> None:
     assert open_dataset(tmp_path, size=8).load_test().shape == (3, 8, 8)
 
 
+def test_image_files_are_what_a_client_would_send(tmp_path: Path) -> None:
+    """The same decoding: transparency over black, the same resizing; and statistics of the training images before any are loaded."""
+    from protocol.images import load_image
+
+    source = open_dataset(folders(tmp_path))
+    assert source.mean == source.load_train()[0].mean != (0.5, 0.5, 0.5)
+    assert source.load_test().std == source.std == source.load_train()[1].std
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 4), dtype=np.uint8)
+    for path in (tmp_path / "train").rglob("*.png"):
+        Image.fromarray(pixels).save(path)
+    train, _ = open_dataset(tmp_path, size=16).load_train()
+    sent, notes = load_image(path, (3, 16, 16))
+    assert "transparency" in notes and torch.equal(train.images[0], sent)
+    whole = path.read_bytes()
+    end = whole.index(b"IDAT") + 2000
+    path.write_bytes(whole[:end] + b"\0" * 40)
+    with pytest.raises(DataError, match="no readable image; remove or replace it"):
+        open_dataset(tmp_path).load_train()
+
+
 def test_the_first_images_are_of_all_classes(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         for k in range(5):

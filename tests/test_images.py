@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.images import load_image
 from protocol.errors import InputError
+from protocol.images import load_image
 
 SHAPE = (3, 32, 32)
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Images from files: decoded, brought to RGB and to the model's size."""
+"""Images from files: decoded, brought to RGB and to the model's size; the same for what a network learns from and for what it is asked."""
 
 from __future__ import annotations
 
@@ -36,14 +36,12 @@ def check_image(path: Path) -> None:
         pass
 
 
-def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
-    """One image as uint8 of `shape` (C, H, W), and a note on what was changed, empty if nothing was.
+def decode(path: Path, channels: int = 3, size: tuple[int, int] | None = None) -> tuple[np.ndarray, list[str]]:
+    """One image as uint8 (C, H, W), and what was changed.
 
-    Another size is resized to HxW (bicubic, aspect ratio not kept); grey becomes RGB; alpha is laid over black.
-    Raises InputError for a missing file or one that is no image.
+    Another size than `size` (H, W) is resized (bicubic, aspect ratio not kept); grey becomes RGB, or colours grey if `channels` is 1;
+    alpha is laid over black. Raises InputError for a missing file or one that is no image.
     """
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise InputError(f"the model takes inputs of shape {shape}, which are no images", "use the Python API")
     notes = []
     with _opened(path) as image:
         image.load()
@@ -51,13 +49,20 @@ def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
             notes.append("transparency laid over black")
-        mode = "RGB" if shape[0] == 3 else "L"
+        mode = "RGB" if channels == 3 else "L"
         if image.mode != mode and not (notes and mode == "RGB"):
             notes.append(f"converted from {image.mode} to {mode}")
         converted = image.convert(mode)
-    if converted.size != (shape[2], shape[1]):
-        notes.append(f"resized from {converted.width}x{converted.height} to {shape[2]}x{shape[1]}")
-        converted = converted.resize((shape[2], shape[1]), Image.Resampling.BICUBIC)
+    if size is not None and converted.size != size[::-1]:
+        notes.append(f"resized from {converted.width}x{converted.height} to {size[1]}x{size[0]}")
+        converted = converted.resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = np.array(converted, dtype=np.uint8)
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), notes
+
+
+def load_image(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+    """One image as uint8 of `shape` (C, H, W), and a note on what was changed, empty if nothing was. Raises InputError as `decode`."""
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise InputError(f"the model takes inputs of shape {shape}, which are no images", "use the Python API")
+    planes, notes = decode(path, shape[0], shape[1:])
     return torch.from_numpy(np.ascontiguousarray(planes)), ", ".join(notes)
