@@ -234,10 +234,12 @@ def _finished(facts: Path, settings: dict[str, Any]) -> list[dict[str, Any]] | N
     """The rows of a finished run; None if there are none. Raises InputError if it has other settings."""
     if not facts.is_file():
         return None
-    rows: list[dict[str, Any]] = json.loads(facts.read_text()).get("rows")
-    if not rows:
-        raise InputError(f"{facts} is of an earlier version", "use another --out")
-    if changed := changed_settings(rows[0]["settings"], settings):
+    try:
+        rows: list[dict[str, Any]] = json.loads(facts.read_text())["rows"]
+        before = rows[0]["settings"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{facts} is damaged or of an earlier version", "use another --out") from error
+    if changed := changed_settings(before, settings):
         raise InputError(f"{facts} was made with other settings ({', '.join(changed)})", "use another --out, or the same settings")
     return rows
 
@@ -291,6 +293,8 @@ def train(
     """Train an all-ReLU network, which becomes the teacher of ReLU reduction, or go on with a network of any kind."""
     _check_writable(out)
     _check_logits(logits, bool(teacher))
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
+                     start_size=start_size, shift=shift, cutout=cutout, noise=noise, seed=seed)
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
     infos: list[files.NetworkInfo] = []
@@ -308,8 +312,6 @@ def train(
             model = build(network, width, len(source.classes))
         except ValueError as error:
             raise InputError(str(error)) from error
-    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
-                     start_size=start_size, shift=shift, cutout=cutout, noise=noise, seed=seed)
     mentors = _teachers(teacher or [], source, training.shape, infos)
     if infos:
         training, validation = (replace(split, mean=infos[0].mean, std=infos[0].std) for split in (training, validation))
@@ -367,7 +369,7 @@ def average_networks(
         raise InputError(f"--held-out {held_out} is more than the {len(unseen):,} validation images that no training took in", "pass fewer")
     taken = len(validation) - (held_out or len(unseen))
     training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, validation[taken:]))
-    model = average([model for model, _ in loaded], training[:NORM_IMAGES])
+    model = average([model for model, _ in loaded], training.sample(NORM_IMAGES))
     measured = score(model, validation)
     made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken,
                "validation_accuracy": measured.accuracy, "validation_images": len(validation)}
@@ -437,8 +439,8 @@ def reduce(
     recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, noise=noise,
                      seed=seed)
     settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin, mentors))
-    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / out.stem, start=begin,
-                                  teachers=mentors, logits=logits)
+    result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / f"{out.stem}-{method}",
+                                  start=begin, teachers=mentors, logits=logits)
     if world()[0] > 0:
         return
     if begin is not None:
@@ -553,7 +555,10 @@ def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: P
     writer.writeheader()
     writer.writerows(rows)
     _write(out / "pareto.csv", text.getvalue().encode())
-    draw_pareto(rows, out / "pareto.png", title, published)
+    try:
+        draw_pareto(rows, out / "pareto.png", title, published)
+    except OSError as error:
+        raise TrainingFailure(f"cannot write {out / 'pareto.png'}: {error.strerror}") from error
 
 
 def _load_masks(file: Path) -> tuple[str, dict[str, Tensor]]:
@@ -623,7 +628,7 @@ def compile_network(
     """Compile NETWORK to the file that `relucent-server serve` takes."""
     model, info = files.load_network(network)
     training, _ = _fitting(_open(folder, dataset, image_size, False), [info], network)
-    title = name or f"{info.network}-w{info.width}-{info.made_by.get('relus', 'all')}-relus"
+    title = name or f"{info.network}-w{info.width}-{count_relus(model) if info.partial else 'all'}-relus"
     with Status("compiling", console=Console(stderr=True)) as status:
         result = compiler.compile_model(model, training[:images].normalised(), name=title, classes=info.classes, mean=info.mean,
                                         std=info.std, eight_bits=eight_bits, progress=status.update)

@@ -30,6 +30,11 @@ class Split:
     def __getitem__(self, chosen: slice) -> Split:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
+    def sample(self, count: int) -> Split:
+        """As many images, or all if they are fewer, in random order and the same ones each time: any batch of them stands for the whole."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].to(self.labels.device)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
     def joined(self, other: Split) -> Split:
         """These images and then those of `other`, normalised as these."""
         return replace(self, images=torch.cat([self.images, other.images]), labels=torch.cat([self.labels, other.labels]))

@@ -85,6 +85,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 2:
             raise ValueError("epochs must be at least 1 and batch at least 2")
+        numbers = {name: value for name, value in asdict(self).items() if isinstance(value, (int, float)) and name != "seed"}
+        if wrong := [name for name, value in numbers.items() if not (math.isfinite(value) and value >= 0)]:
+            raise ValueError(f"{wrong[0]} must be a number and not negative, got {numbers[wrong[0]]}")
+        if self.shift > 0.5 or self.cutout > 1 or self.warmup >= 1:
+            raise ValueError(f"shift may be 0.5 at most, cutout 1, warmup below 1, got {self.shift}, {self.cutout}, {self.warmup}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"the seed must fit into 64 bits, got {self.seed}")
         if self.schedule not in ("one-cycle", "cosine"):
             raise ValueError(f"unknown schedule {self.schedule!r}; known: one-cycle, cosine")
         if not 0 <= self.ema < 1:
@@ -239,7 +246,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, sample: Split, batch: int | None = None) -> None:
-    """Set every BatchNorm's running statistics to the medians of those of the batches of `sample`, unaugmented.
+    """Set every BatchNorm's running statistics to the medians of those of the batches of `sample`, in random order and unaugmented.
 
     Behind squares a single outlier dominates averages, those of training too, and spoils evaluation: one image in a thousand made 8%
     of 89% (seen at ResNet-18 w64 in the middle of a run). Leaves the model in eval mode.
@@ -331,7 +338,7 @@ def _kept(folder: Path) -> str:
 
 
 @contextmanager
-def _shortages(folder: Path, batch: int) -> Iterator[None]:
+def shortages(folder: Path, batch: int) -> Iterator[None]:
     """Running out of memory or disk as a TrainingError that says what is kept."""
     try:
         yield
@@ -353,6 +360,25 @@ def _keep_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of <malloc.h>
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
+
+
+def _scaled(shape: Sequence[int], width: int) -> tuple[int, int]:
+    """Height and width of images of `shape` (..., H, W) that are scaled to that width."""
+    return max(round(shape[-2] * width / shape[-1]), 1), width
+
+
+def _check_size(model: nn.Module, shape: tuple[int, ...], side: int) -> None:
+    """Raise TrainingError unless the network takes images of `shape` that are scaled to the width `side`."""
+    height, width = _scaled(shape, side)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *shape[:-2], height, width, device=device_of(model)))
+    except RuntimeError as error:
+        raise TrainingError(f"the network cannot take images of {width}x{height}: {error}; train on larger ones") from error
+    finally:
+        model.train(was_training)
 
 
 def _check_disk(folder: Path, model: nn.Module, averaged: bool) -> None:
@@ -391,11 +417,12 @@ def fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, folde
         raise TrainingError("masks are of one image size; leave out --start-size, which only all-ReLU networks can use")
     if recipe.start_size >= train.shape[-1]:
         raise TrainingError(f"images of {train.shape[-1]} pixels cannot grow from --start-size {recipe.start_size}; pass a smaller one")
+    _check_size(model, train.shape, recipe.start_size or train.shape[-1])
     stage = stage or Stage()
     settings = {"label": label, "distil": teacher is not None, "teacher": digest(teacher) if teacher is not None else "",
                 "data": [train.digest(), validation.digest()], **asdict(recipe), **(settings or {})}
     try:
-        with _shortages(folder, recipe.batch):
+        with shortages(folder, recipe.batch):
             return _fit(model, train, validation, recipe, folder, teacher, stage, label, settings)
     finally:
         stage.end()
@@ -429,7 +456,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     share = slice(rank, None, processes)
     steps = recipe.epochs * (len(train) // recipe.batch)
     validated = accuracy(model, validation) if first else 0.0
-    sample = train[:NORM_IMAGES]
+    sample, quick = train.sample(NORM_IMAGES), validation.sample(QUICK_IMAGES)
     with progress_bar() as bar:
         task = bar.add_task(label, total=steps, completed=step, note="")
         for epoch in range(first, recipe.epochs):
@@ -440,7 +467,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                     group["lr"] = recipe.rate(step / steps) * group["scale"]
                 side = recipe.image_size(step / steps, x.shape[-1])
                 if side != x.shape[-1]:
-                    x = nn.functional.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+                    x = nn.functional.interpolate(x, size=_scaled(x.shape, side), mode="bilinear", antialias=True)
                 x = x.contiguous(memory_format=torch.channels_last)
                 with torch.autocast(where.type, torch.bfloat16):
                     logits = parallel(x).float()
@@ -473,8 +500,8 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                 model.load_state_dict(average.module.state_dict())
             stage.after_epoch()
             with torch.autocast(where.type, torch.bfloat16, enabled=not last):
-                reestimate_norms(model, sample if last else sample[:QUICK_IMAGES])
-                validated = accuracy(model, validation if last else validation[:QUICK_IMAGES])
+                reestimate_norms(model, sample if last else sample.sample(QUICK_IMAGES))
+                validated = accuracy(model, validation if last else quick)
             row = {"epoch": epoch + 1, "loss": round(total / seen, 5), "validation_accuracy": validated,
                    "seconds": round(time.monotonic() - started, 1), **stage.status()}
             if rank == 0:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE, count_relus, partial_activations, replace_relus, separate_relus
 from model_opt.compiler import CompileError, compile_model
+from model_opt.data import Split
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import BudgetError, Reduced, Task, check_budget, going_on, make_options, reduce
 from model_opt.methods.autorep import AutoRep, Options, check_start
@@ -379,6 +380,15 @@ def test_hysteresis() -> None:
         assert layer.count(RELU) == relus
 
 
+def test_to_a_larger_budget_the_schedule_rises_under_the_penalty_too() -> None:
+    model = small()
+    (layer,) = partial_activations(model).values()
+    layer.mask.fill_(SQUARE).flatten()[:100] = RELU
+    assert 100 < AutoRep(model, 1000, Options(penalty=50.0, freeze=1.0)).scheduled(0.5) < 1000
+    layer.mask.fill_(RELU)
+    assert AutoRep(model, 1000, Options(penalty=50.0, freeze=1.0)).scheduled(0.5) == layer.mask.numel()
+
+
 def test_published_penalty_pushes_until_the_budget() -> None:
     model = small()
     stage = AutoRep(model, 100, Options(penalty=50.0, freeze=1.0))
@@ -725,3 +735,18 @@ def test_channels_of_a_layer_without_pixels(tmp_path: Path) -> None:
     layers = partial_activations(result.model)
     assert 0 < result.relus <= 520
     assert all(len(channel.unique()) == 1 for channel in layers["1"].mask)
+    fewer = reduce(own, budget=264, data=(TRAIN, VALIDATION), recipe=replace(SHORT, epochs=1), folder=tmp_path / "fewer",
+                   start=result.model, granularity="channel")
+    assert 0 < fewer.relus <= 264
+
+
+def test_images_in_the_order_of_their_classes_reduce_as_well(teacher: nn.Module, tmp_path: Path) -> None:
+    """Statistics, polynomials and validation between epochs are of all classes, however a caller has ordered the images."""
+    def ordered(split: Split) -> Split:
+        order = split.labels.argsort()
+        return replace(split, images=split.images[order], labels=split.labels[order])
+
+    many = replace(TRAIN, images=TRAIN.images.repeat(20, 1, 1, 1), labels=TRAIN.labels.repeat(20))  # beyond every sample
+    shuffled, sorted_ = (reduce(teacher, budget=3000, data=(data, VALIDATION), recipe=replace(SHORT, epochs=1), folder=tmp_path / name,
+                                c2="channel").validation_accuracy for name, data in (("shuffled", many), ("sorted", ordered(many))))
+    assert sorted_ > shuffled - 0.1

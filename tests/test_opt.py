@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from model_opt.activation import IDENTITY, RELU, SQUARE, count_relus, partial_activations, replace_relus
-from model_opt.cli import average_networks, evaluate, pareto, reduce, show, train
+from model_opt.cli import average_networks, compile_network, evaluate, pareto, reduce, show, train
 from model_opt.compiler import compile_model
 from model_opt.datasets import open_dataset
 from model_opt.files import load_network, serialise_network
@@ -29,7 +29,7 @@ from model_opt.published import CIFAR10
 from model_opt.runs import table_row, taken_in
 from model_opt.show import draw_pareto
 from model_opt.training import TrainingError, average, digest
-from protocol.model import save
+from protocol.model import load, save
 from tests.samples import MEAN, STD, network_info
 from tests.test_data import folders
 
@@ -73,7 +73,7 @@ def test_other_teachers_and_images_are_other_runs(place: Path, capsys: pytest.Ca
     write_teacher(Path("teacher"), seed=1)
     with pytest.raises(SystemExit):
         reduce([Path("teacher")], Path("out"), budget=200, lr=0.01, **SHORT)
-    refused(capsys, "other settings (teacher)")
+    refused(capsys, "other settings (reduced, teacher)")
     with pytest.raises(SystemExit):
         train(Path("trained"), start=Path("teacher"), teacher=[Path("teacher")], lr=0.01, **SHORT)
     refused(capsys, "other settings (from, teacher)")
@@ -178,6 +178,10 @@ def test_several_networks_teach_a_reduction(place: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         reduce([Path("teacher")], Path("out"), **common)  # the same run without the other
     refused(capsys, "other settings")
+    train(Path("third"), start=Path("alone"), fold_in=1, seed=1, **SHORT)
+    with pytest.raises(SystemExit):
+        reduce([Path("teacher"), Path("third")], Path("out"), **common)  # the same images, taught by another network
+    refused(capsys, "other settings (teacher)")
     for settings in ({"method": "senet"}, {"distil": False}):
         with pytest.raises(SystemExit):
             reduce([Path("teacher"), Path("other")], Path("out"), run=place / "out-run", **(common | settings))
@@ -246,10 +250,11 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
         rows()
     refused(capsys, "other settings (teacher)")
     facts = Path("table/autorep-200-0.json")
-    facts.write_text(json.dumps(json.loads(facts.read_text())["rows"][0]))
-    with pytest.raises(SystemExit):
-        rows()
-    refused(capsys, "earlier version")
+    for content in (json.dumps(json.loads(facts.read_text())["rows"][0]), '{"rows": []}', "[1]", "not JSON", '{"rows": [{}]}'):
+        facts.write_text(content)
+        with pytest.raises(SystemExit):
+            rows()
+        refused(capsys, "damaged or of an earlier version")
 
 
 def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +290,8 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
     assert torch.allclose((states[0][weight] + 2 * states[1][weight]) / 3, load_network(Path("heavier"))[0].state_dict()[weight], atol=1e-6)
     masks = [name for name in states[0] if name.endswith(".mask")]
     assert masks and all(torch.equal(states[0][name], states[2][name]) for name in masks)
+    compile_network(Path("mean"), Path("compiled"), images=5)
+    assert load(Path("compiled")).public.name == f"resnet18-w4-{row['relus']}-relus"
     mean = table_row(load_network(Path("mean"))[1], "mean")
     assert (mean["epochs"], mean["minutes"], mean["relus"]) == (row["epochs"], row["minutes"], row["relus"])
     averaging = mean["later"][-1]

@@ -143,6 +143,11 @@ def test_schedules(schedule: str, first: float) -> None:
     assert rates[-1] == pytest.approx(0)
     with pytest.raises(ValueError, match="unknown schedule"):
         Recipe(epochs=1, schedule="stairs")
+    for settings, message in (({"lr": math.nan}, "lr must be a number"), ({"noise": math.inf}, "noise must"), ({"lr": -1}, "lr must"),
+                              ({"shift": 0.6}, "shift may be 0.5"), ({"cutout": 1.5}, "cutout 1"), ({"warmup": 1.0}, "warmup below 1"),
+                              ({"seed": 2**64}, "64 bits")):
+        with pytest.raises(ValueError, match=message):
+            Recipe(epochs=1, **settings)
 
 
 def test_images_grow() -> None:
@@ -162,6 +167,31 @@ def test_small_images_first_trains_and_ends_at_full_size(tmp_path: Path) -> None
     fit(model, learnable(320), learnable(50), Recipe(epochs=2, batch=32, lr=0.05, start_size=16), tmp_path)
     assert seen[0] == 16
     assert seen[-1] == 32
+
+
+def test_images_that_are_not_square_keep_their_form_while_they_grow(tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+    model = build("resnet18", 4)
+    model.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape[-2:])) if m.training else None)
+    wide = learnable(64)
+    wide = replace(wide, images=wide.images[:, :, ::2])  # 16x32
+    fit(model, wide, wide, Recipe(epochs=1, batch=8, lr=0.05, start_size=16), tmp_path)
+    assert {(8, 16), (16, 32)} <= set(seen) and all(width == 2 * height for height, width in seen)
+
+
+def test_images_too_small_for_a_network_are_refused(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch=8, start_size=8)
+    with pytest.raises(TrainingError, match=r"cannot take images of 8x8: .*train on larger ones"):
+        fit(build("vgg16-bn", 4), learnable(16), learnable(8), recipe, tmp_path)
+
+
+def test_any_batch_of_a_sample_is_from_all_over_the_split() -> None:
+    split = replace(learnable(1000), labels=torch.arange(1000))
+    sample = split.sample(400)
+    assert len(sample.labels.unique()) == 400 and len(split.sample(2000).labels.unique()) == 1000
+    assert all(400 < float(sample[start : start + 100].labels.float().mean()) < 600 for start in range(0, 400, 100))
+    assert torch.equal(sample.images, split.images[sample.labels])
+    assert torch.equal(sample.labels, split.sample(400).labels)
 
 
 def test_ema_takes_the_weights_place(tmp_path: Path) -> None:

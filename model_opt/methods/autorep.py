@@ -11,7 +11,8 @@ A run may start from a network that AutoReP has reduced already, which needs few
 a ReLU start as far below zero as the others above; to a larger budget the schedule rises, and indicators are raised to meet it.
 
 The options' published values together are the published method but for its optimiser: there Adam moves weights and coefficients too
-(rate 1e-3; on Tiny-ImageNet 1e-4 within Lookahead), here they take the recipe's SGD, and only the indicators Adam.
+(rate 1e-3; on Tiny-ImageNet 1e-4 within Lookahead), its rate falling as a cosine, and no gradient is clipped; here they take the recipe's
+SGD with its clipping, and only the indicators Adam, at a constant rate.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ class AutoRep(GateStage):
         done = min(progress / self.freeze, 1.0)
         if done >= 1:
             return self.budget
-        if self.options.penalty:
-            return max(self.begun, self.budget)
+        if self.options.penalty and not self.growing:
+            return self.begun
         if self.growing:
             return min(self.budget, int(max(self.begun, 1) * (self.budget / max(self.begun, 1)) ** done))
         return max(self.budget, int(self.begun * (max(self.budget, 1) / max(self.begun, 1)) ** done))
@@ -222,7 +223,7 @@ def check_start(network: nn.Module, options: Options) -> None:
             raise BudgetError(f"the network to start from has other activations than ReLUs and degree {options.degree}, in {name}")
         if options.degree == 2 and (layer.c2 is None) != (options.c2 == "layer"):
             raise BudgetError(f"c2={options.c2} is not how the network to start from was made")
-        rows = (layer.mask == RELU).flatten(1)
+        rows = (layer.mask == RELU).view(len(layer.mask), -1)
         if options.granularity == "channel" and bool((rows != rows[:, :1]).any()):
             raise BudgetError(f"granularity=channel is not how the network to start from was made, see {name}")
 
@@ -230,7 +231,7 @@ def check_start(network: nn.Module, options: Options) -> None:
 def fit_coefficients(model: nn.Module, task: Task, options: Options) -> None:
     """Set the polynomials by the closed forms from the present pre-activations, the same in all of torchrun's processes."""
     training = model.training
-    fit_polynomials(model, task.train[:FIT_IMAGES], damping=options.damping, released=options.released)
+    fit_polynomials(model, task.train.sample(FIT_IMAGES), damping=options.damping, released=options.released)
     model.train(training)
     layers = partial_activations(model).values()
     clip(layers, options)

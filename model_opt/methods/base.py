@@ -59,7 +59,8 @@ class Task:
     """What a method is given.
 
     teacher: all-ReLU network of nn.ReLU modules; it is not changed. budget: ReLUs per image that may remain.
-    recipe: its epochs are what the method may spend on training the result, searching included unless it says otherwise.
+    recipe: its epochs are what the method may spend on training the result, searching included unless it says otherwise; each stage of a
+    method takes one at least.
     folder: for checkpoints and logs. distil: learn from the teacher's outputs too.
     rebuild: makes an untrained network of the teacher's family from a width factor and a stem stride; None if unknown.
     shared: folder in which runs of other budgets find what does not depend on it; None for none.
@@ -99,8 +100,8 @@ class Task:
         return {"budget": self.budget, **self.search_settings(options)}
 
     def search_settings(self, options: Any) -> dict[str, Any]:
-        """What runs of other budgets must share: the teacher that the student starts from, and the method's options."""
-        sources = {"teacher": digest(self.teacher), **({"from": digest(self.start)} if self.start is not None else {})}
+        """What runs of other budgets must share: the network that is reduced, and the method's options; `fit` adds what they learn from."""
+        sources = {"reduced": digest(self.teacher), **({"from": digest(self.start)} if self.start is not None else {})}
         return sources | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()}
 
     def student(self) -> nn.Module:

@@ -29,7 +29,7 @@ from model_opt.compiler import compile_model
 from model_opt.data import Split
 from model_opt.methods import autorep
 from model_opt.methods.base import BudgetError, Reduced, Task, check_values, keep_largest
-from model_opt.training import TrainingError, device, distillation_loss, fit, progress_bar, world, write_atomically
+from model_opt.training import TrainingError, device, distillation_loss, fit, progress_bar, shortages, world, write_atomically
 from protocol import ring
 from protocol.inference import preprocess, run_online
 from protocol.links import LINKS
@@ -212,7 +212,7 @@ def choose(task: Task, cost: CostModel, target: float) -> Choice:
     layers = partial_activations(probe)
     for layer in layers.values():
         layer.replacement = LINEAR
-    sample = task.train[:SCORE_IMAGES].to(device())
+    sample = task.train.sample(SCORE_IMAGES).to(device())
     fit_polynomials(probe, sample)
     scores = line_scores(probe, sample)
     x = sample.normalised()
@@ -274,10 +274,8 @@ def decide(task: Task, options: Options) -> Choice:
                 raise
             # the other processes wait for the file
             found = {"impossible": str(error)}
-        try:
+        with shortages(path.parent, task.recipe.batch):
             write_atomically(path, json.dumps({"settings": settings, **found}, indent=1).encode())
-        except OSError as error:
-            raise TrainingError(f"cannot write {path}: {error.strerror}") from error
     while not path.exists():
         time.sleep(0.2)
     try:
@@ -327,7 +325,9 @@ def reduce(task: Task, options: Options) -> Reduced:
     inner = options.autorep(2 if choice.active > choice.relus else 1)
     autorep.prepare(student, task, inner, choice.dropped)
     layers = partial_activations(student)
-    stage = Reduction(student, choice, inner, task.recipe.seed, task.train[:SCORE_IMAGES]) if len(layers) > len(choice.dropped) else None
+    stage = None
+    if len(layers) > len(choice.dropped):
+        stage = Reduction(student, choice, inner, task.recipe.seed, task.train.sample(SCORE_IMAGES))
     score = fit(student, task.train, task.validation, task.recipe, task.folder, teacher=task.mentor, stage=stage, label="cost",
                 settings={**task.settings(options), "dropped": choice.dropped, "active": choice.active, "relus": choice.relus})
     if stage is not None:

@@ -20,7 +20,7 @@ from torch import nn
 from model_opt.activation import IDENTITY, count_relus, partial_activations, replace_relus
 from model_opt.methods.base import BudgetError, Reduced, Task
 from model_opt.methods.features import stages
-from model_opt.training import digest, fit, world, write_atomically
+from model_opt.training import digest, fit, shortages, world, write_atomically
 
 EXPONENT = 0.07
 """Of a stage's ReLU count in its criticality; from secondary sources, the paper's text was not at hand."""
@@ -90,7 +90,7 @@ def criticality(task: Task, options: Options) -> dict[int, float]:
     for stage in (-1, *range(total)):  # -1: no ReLU at all
         network = shaped(task, Shape((stage,), False, 1.0, 1))
         score = fit(network, task.train, task.validation, recipe, task.searches / f"probe{stage}", teacher=task.mentor,
-                    label=f"deepreduce probe {stage}", settings={"teacher": digest(task.teacher)})
+                    label=f"deepreduce probe {stage}", settings={"reduced": digest(task.teacher)})
         accuracies[stage] = score, count_relus(network)
     least = accuracies[-1][0]
     return {k: (accuracy - least) / relus**EXPONENT for k, (accuracy, relus) in accuracies.items() if k >= 0}
@@ -138,7 +138,8 @@ def reduce(task: Task, options: Options) -> Reduced:
         tried.append((score, count, point, network))
     rows = pareto_set([{"relus": count, "validation_accuracy": score, **asdict(point)} for score, count, point, _ in tried])
     if world()[0] == 0:
-        write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "rows": rows}, indent=1).encode())
+        with shortages(task.folder, task.recipe.batch):
+            write_atomically(task.folder / "pareto.json", json.dumps({"criticality": critical, "rows": rows}, indent=1).encode())
     made = {count: Reduced(network, score, point.width_factor, point.stride, {"criticality": critical, "shape": asdict(point)})
             for score, count, point, network in tried}
     *others, best = (row["relus"] for row in rows)  # accuracy rises with the count

@@ -255,6 +255,6 @@ def reduce(task: Task, options: Options) -> Reduced:
     details = {"sensitivity": [round(s, 5) for s in sensitivity], "relus_per_layer": counts}
     if not options.widths:
         return Reduced(student, score, details=details)
-    sample = task.train[:NORM_IMAGES]
+    sample = task.train.sample(NORM_IMAGES)
     further = tuple(replace(extract(student, task, width, sample), name=f"width{width}") for width in options.widths)
     return replace(extract(student, task, 1.0, sample), details=details, further=further)
