@@ -228,11 +228,11 @@ class ClassFolders(ImageFiles):
         return pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
 
     @cached_property
-    def mean(self) -> tuple[float, ...]:
+    def mean(self) -> tuple[float, ...]:  # type: ignore[override]
         return tuple(round(float(v), 4) for v in self._statistics[0])
 
     @cached_property
-    def std(self) -> tuple[float, ...]:
+    def std(self) -> tuple[float, ...]:  # type: ignore[override]
         return tuple(round(max(float(v), 0.01), 4) for v in self._statistics[1])
 
     def _folder(self, split: str) -> str:
