@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.plaintext import Plaintext
 from benchmarks.processes import environment, serving
 from client import Client
 from model_opt.data import normalise
@@ -17,6 +16,7 @@ from model_opt.datasets import open_dataset
 from model_opt.files import check_fits, load_network
 from protocol.inference import normalise_images
 from protocol.model import load
+from protocol.plaintext import Plaintext
 from protocol.simulation import simulate
 
 

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.latency import measure_plaintext
-from benchmarks.plaintext import Plaintext, with_all_relus
 from benchmarks.processes import serving
 from protocol.errors import PeerError
 from protocol.images import load_image
 from protocol.inference import normalise_images
-from protocol.model import Model, load, save
+from protocol.model import RELU, Model, load, save
+from protocol.plaintext import Plaintext
 
 ROOT = Path(__file__).resolve().parent
 MODEL = ROOT.parent / "models" / "cifar10-resnet18-w64.safetensors"
 IMAGES = ROOT / "demo_images"
 ALL_RELU_RUNS = 3
+COMPARISON_BITS = 19
+"""Of the bundled models with ReLUs; one without any has none to measure the range of."""
 
 
 def demo_images(shape: tuple[int, ...], batch: int) -> np.ndarray[Any, Any]:
@@ -36,6 +39,14 @@ def demo_images(shape: tuple[int, ...], batch: int) -> np.ndarray[Any, Any]:
     runs = max(1, len(pixels) // batch)
     index = np.arange(runs * batch) % len(pixels)
     return pixels[index].reshape(runs, batch, *shape)
+
+
+def with_all_relus(model: Model) -> Model:
+    """The same shapes with a ReLU at every pixel, compared at the usual width at least; for timing only: its results mean nothing."""
+    public = model.public
+    masks = {name: torch.full_like(mask, RELU) for name, mask in public.masks.items()}
+    point = replace(public.fixed_point, comparison_bits=max(public.fixed_point.comparison_bits, COMPARISON_BITS))
+    return Model(replace(public, masks=masks, fixed_point=point, name=f"{public.name}-all-relu"), model.private)
 
 
 def run_client(model: Path, images: np.ndarray[Any, Any], runs: int, label: str, console: Console) -> dict[str, Any]:

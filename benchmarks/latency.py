@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.emulation import emulated
 from benchmarks.peers.run import run_peers
-from benchmarks.plaintext import Plaintext, rounding_bound
 from benchmarks.processes import environment, peak_rss_mb, serving
 from protocol.errors import PeerError
 from protocol.inference import normalise_images
 from protocol.links import LINKS, Link
 from protocol.model import Model, save
+from protocol.plaintext import Plaintext, rounding_bound
 from protocol.plan import Plan, make_plan
 from protocol.ring import ELEMENT_BYTES
 from protocol.simulation import simulate

@@ -8,6 +8,8 @@ form the `crypten.nn.Graph` that `protocol.crypten_adapter.build_graph` makes in
 from __future__ import annotations
 
 import copy
+import json
+import math
 import operator
 import os
 import secrets
@@ -21,10 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, fx, nn
 
-from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, Tracer, replace_relus, separate_relus
+from model_opt.activation import IDENTITY, LINEAR, SQUARE, PartialActivation, Tracer, partial_activations, replace_relus, separate_relus
 from model_opt.data import Split
 from model_opt.training import Score
-from protocol.model import FixedPoint, Model, Node, PublicModel, tensors_digest
+from protocol.errors import ModelFileError
+from protocol.model import FixedPoint, Model, Node, PublicModel, parse_public, tensors_digest
+from protocol.plaintext import Plaintext
 from protocol.plan import make_plan
 from protocol.ring import RING_BITS
 from protocol.simulation import Simulation, simulate
@@ -37,6 +41,8 @@ FAILURE_TARGET = 2.0**-14
 RANGE_MARGIN = 4.0
 """A ReLU's input may be this many times larger than any seen in calibration before its comparison fails."""
 MAGNITUDE_MARGIN = 2.0
+TOLERANCE = 0.01
+"""Of the largest logit: single precision rounds, and networks of squares magnify it; another function differs by more."""
 FACTOR_BITS = 7
 IMAGES_AT_ONCE = 50
 """In a simulated pass; a fifth faster than 100 at ResNet-18 of width 64."""
@@ -81,7 +87,6 @@ class _Lowering:
         self.traced, self.shapes = traced, shapes
         self.drafts: dict[str, _Draft] = {}
         self.alias: dict[str, str] = {}
-        self.uses: dict[str, int] = {}
 
     def run(self) -> list[_Draft]:
         for node in self.traced.graph.nodes:
@@ -96,6 +101,10 @@ class _Lowering:
                 if not self.drafts or last != next(reversed(self.drafts)):
                     raise CompileError("the network's output is not its last layer")
             elif node.op == "call_module":
+                if node.kwargs and not node.args and len(node.kwargs) == 1:
+                    node.args, node.kwargs = tuple(node.kwargs.values()), {}
+                if node.kwargs or len(node.args) != 1:
+                    raise _unsupported("a call with several arguments", str(node.target))
                 self._module(node, self.traced.get_submodule(str(node.target)), str(node.target))
             elif node.op in ("call_function", "call_method"):
                 self._function(node)
@@ -113,6 +122,19 @@ class _Lowering:
         argument = node.args[index]
         assert isinstance(argument, fx.Node)
         return self.shapes[argument.name]
+
+    def _foldable(self, node: fx.Node, source: str) -> _Draft | None:
+        """The convolution or matrix that `node` alone reads, through what has vanished between them; None if there is none."""
+        draft, reader = self.drafts.get(source), node
+        if draft is None or draft.op not in ("conv2d", "linear"):
+            return None
+        while reader.name != source:
+            argument = reader.args[0]
+            assert isinstance(argument, fx.Node)
+            if len(argument.users) != 1:
+                return None
+            reader = argument
+        return draft
 
     def _emit(self, node: fx.Node, op: str, inputs: list[str], where: str, attrs: dict[str, Any] | None = None,
               **tensors: Tensor) -> None:
@@ -161,10 +183,7 @@ class _Lowering:
         shift = -module.running_mean.double() * scale
         if module.bias is not None:
             shift = shift + module.bias.double()
-        draft = self.drafts.get(source)
-        argument = node.args[0]
-        assert isinstance(argument, fx.Node)
-        if draft is not None and draft.op in ("conv2d", "linear") and len(argument.users) == 1:
+        if draft := self._foldable(node, source):
             weight = draft.tensors["weight"]
             draft.tensors["weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             draft.tensors["bias"] = draft.tensors["bias"] * scale + shift
@@ -215,10 +234,8 @@ class _Lowering:
         linear = module.mask == LINEAR
         weight = torch.where(linear, module.c1, 1.0).double()
         bias = torch.where(linear, module.c0, 0.0).double()
-        draft, argument = self.drafts.get(source), node.args[0]
-        assert isinstance(argument, fx.Node)
         by_channel = bool((linear == linear.reshape(len(linear), -1)[:, :1].view(module.channels)).all())
-        if draft is not None and draft.op in ("conv2d", "linear") and by_channel and len(argument.users) == 1:
+        if by_channel and (draft := self._foldable(node, source)):
             scale, shift = (t.reshape(len(t), -1)[:, 0] for t in (weight, bias))
             draft.tensors["weight"] = draft.tensors["weight"] * scale.view(-1, *[1] * (draft.tensors["weight"].dim() - 1))
             draft.tensors["bias"] = draft.tensors["bias"] * scale + shift
@@ -277,8 +294,36 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[_Draft]
 
 def check(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a network's output for one image. Raises CompileError, naming the place, if it could not be compiled later."""
-    with torch.no_grad():
-        return _trace(_with_partial_activations(network, input_shape), input_shape)[1]
+    return _lower(network, torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)))[3]
+
+
+@torch.no_grad()
+def _lower(network: nn.Module, images: Tensor) -> tuple[tuple[Node, ...], dict[str, Tensor], dict[str, Tensor], tuple[int, ...]]:
+    """A network's nodes, masks and real tensors, and the shape of its output for one image.
+
+    Together they compute what the network does on `images` (N, *input_shape), or it raises CompileError: a trace knows nothing of
+    operations in place, nor of layers that are not what they inherit from.
+    """
+    shape = tuple(images.shape[1:])
+    partial = _with_partial_activations(network, shape)
+    drafts, output_shape = _trace(partial, shape)
+    nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)
+    masks = {d.name: d.tensors.pop("mask").clone() for d in drafts if d.op == "activation"}
+    reals = {f"{d.name}.{k}": v.detach() for d in drafts for k, v in d.tensors.items()}
+    original = copy.deepcopy(network).cpu().float().eval()
+    for layer in partial_activations(original).values():
+        if layer.c2 is not None and bool((layer.mask == SQUARE).any()):
+            public = _public_factors(layer.c2.flatten().double())
+            layer.c2.copy_(torch.tensor(public["c2_factor"]).view(layer.channels) * 2.0 ** -public["c2_shift"])
+    expected = original(images)
+    largest = max([1.0, *(float(value.abs().max()) for name, value in reals.items() if name.endswith(".weight"))])
+    bits = 62 - math.frexp(largest)[1]  # as precise as 64-bit integers can be
+    exact = PublicModel("", shape, nodes, FixedPoint(8, bits, 62, 1.0), (), (), (), masks, "0" * 64)
+    gap = (Plaintext(quantise(exact, reals, torch.zeros(32, dtype=torch.uint8)))(images) - expected).abs().max()
+    if bool(expected.isfinite().all()) and not float(gap) <= TOLERANCE * max(float(expected.abs().max()), 1e-2):
+        raise CompileError("the compiled layers compute something else than the network; does its forward change a value in place that it "
+                           "reads again (add_, relu_, inplace=True), or inherit from a layer with a forward of its own? write these out")
+    return nodes, masks, reals, output_shape
 
 
 def _with_partial_activations(network: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
@@ -305,13 +350,13 @@ def compile_model(network: nn.Module, calibration: Tensor, *, name: str, classes
     if calibration.dim() < 2 or len(calibration) == 0:
         raise CompileError("calibration needs at least one image")
     input_shape = tuple(calibration.shape[1:])
-    network = _with_partial_activations(network, input_shape)
-    with torch.no_grad():
-        drafts, _ = _trace(network, input_shape)
-    nodes = tuple(Node(d.name, d.op, tuple(d.inputs), d.attrs) for d in drafts)
-    masks = {d.name: d.tensors.pop("mask").clone() for d in drafts if d.op == "activation"}
-    reals = {f"{d.name}.{k}": v.detach() for d in drafts for k, v in d.tensors.items()}
-    public = PublicModel(name, input_shape, nodes, FixedPoint(8, 8, 62, 1.0), classes, mean, std, masks, "0" * 64)
+    nodes, masks, reals, _ = _lower(network, calibration[:2].float().cpu())
+    public = PublicModel(name, input_shape, nodes, FixedPoint(8, 8, 62, 1.0), tuple(classes), tuple(map(float, mean)),
+                         tuple(map(float, std)), masks, "0" * 64)
+    try:
+        parse_public(json.loads(json.dumps(public.describe())), masks)  # what no server would load
+    except ModelFileError as error:
+        raise CompileError(str(error)) from error
     make_plan(public, 1)
     return _calibrate(public, reals, calibration, eight_bits, progress)
 

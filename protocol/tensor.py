@@ -28,6 +28,8 @@ from protocol.model import RELU, ActivationLayer, FixedPoint
 MAX_POOL_ELEMENTS = 1 << 28
 POOL_BITS = 12
 """Fractional bits of 1/area in an average pool whose area is no power of two."""
+POOLED_BITS = 50
+"""Largest scale of what an average pool gives; the ring's other bits hold values and their margin."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,15 +148,18 @@ class RingTensor(CrypTensor):  # type: ignore[misc]
 
     def avg_pool2d(self, kernel_size: tuple[int, int], stride: tuple[int, int] | None = None,
                    padding: tuple[int, int] = (0, 0), ceil_mode: bool = False) -> RingTensor:
-        """Average pooling, zero padding counted: a sum, with 1/area in the scale or as a public factor."""
+        """Average pooling, zero padding counted: a sum, with 1/area in the scale or as a public factor.
+
+        Truncated before where the scale would leave too few bits to the values: pools in a row.
+        """
         if ceil_mode:
             raise ModelFileError("average pooling with ceil_mode is not supported")
-        summed = ring.sum_pool2d(self.data, kernel_size, stride or kernel_size, padding)
         area = kernel_size[0] * kernel_size[1]
-        if area & (area - 1) == 0:
-            return self._with(summed, self.scale + area.bit_length() - 1)
-        bits = POOL_BITS + area.bit_length()
-        return self._with(_if_known(lambda: summed * round(2**bits / area), summed), self.scale + bits)
+        factor = area & (area - 1) != 0
+        bits = POOL_BITS + area.bit_length() if factor else area.bit_length() - 1
+        x = self if self.scale + bits <= POOLED_BITS else self._rescale()
+        summed = ring.sum_pool2d(x.data, kernel_size, stride or kernel_size, padding)
+        return x._with(_if_known(lambda: summed * round(2**bits / area), summed) if factor else summed, x.scale + bits)
 
     def max_pool2d(self, kernel_size: tuple[int, int], padding: tuple[int, int] = (0, 0),
                    stride: tuple[int, int] | None = None, dilation: int = 1, ceil_mode: bool = False) -> RingTensor:

@@ -18,7 +18,6 @@ from benchmarks.latency import add_bytes, preprocessing_timelines, timelines
 from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
-from benchmarks.plaintext import Plaintext
 from benchmarks.report import MARKS, latency_table, make_report, targets_table, training_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
@@ -26,6 +25,7 @@ from model_opt.networks import build
 from model_opt.training import Score
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
+from protocol.plaintext import Plaintext
 from protocol.plan import make_plan
 from protocol.timeline import KINDS, PREPROCESSING_KINDS
 from tests.samples import network_info

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model_opt.activation import IDENTITY, partial_activations, replace_relus
-from model_opt.compiler import FAILURE_TARGET, CompileError
+from model_opt.compiler import FAILURE_TARGET, CompileError, check, compile_model
+from protocol.inference import infer
 from protocol.model import Model
 from protocol.plan import make_plan
+from protocol.simulation import simulate
 from tests.conftest import build_compiled, make_network
 from tests.services import SHAPE
 
@@ -83,6 +86,81 @@ def test_unsupported_networks_are_named(reason: str, images: Tensor) -> None:
     with pytest.raises(CompileError) as caught:
         build_compiled(REFUSED[reason].eval(), images.float(), classes=())
     assert reason in str(caught.value)
+
+
+class Clipped(nn.ReLU):
+    """A ReLU in name only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0, 0.1)
+
+
+def residual(x: Tensor, y: Tensor) -> Tensor:
+    x.add_(y)
+    return torch.relu(x)
+
+
+def read_after(x: Tensor, _: Tensor) -> Tensor:
+    positive = torch.relu_(x)
+    return positive + x
+
+
+def in_place(x: Tensor, _: Tensor) -> Tensor:
+    torch.relu_(x)
+    return torch.flatten(x, 1)
+
+
+@pytest.mark.parametrize("tail", [residual, read_after, in_place, Clipped()])
+def test_what_a_trace_does_not_see_is_refused(tail: object, images: Tensor) -> None:
+    """An operation in place whose old value is read again, and a layer that is not what it inherits from."""
+    network = Odd(tail) if not isinstance(tail, nn.Module) else nn.Sequential(nn.Conv2d(3, 3, 1), tail)
+    for attempt in (lambda: build_compiled(network, images.float(), classes=()), lambda: check(network, SHAPE)):
+        with pytest.raises(CompileError, match="compute something else than the network"):
+            attempt()
+
+
+class Shared(nn.Module):
+    """A convolution that two branches read, one of them through a BatchNorm behind something that vanishes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop, self.norm = nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4)
+        self.left, self.right = nn.ReLU(), nn.ReLU()
+        self.norm.running_var.fill_(0.25)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(input=x)
+        return (self.left(y) + self.right(self.norm(self.drop(y)))).flatten(1)
+
+
+def test_a_batch_norm_folds_only_into_what_it_alone_reads(images: Tensor) -> None:
+    network = Shared().eval()
+    model = build_compiled(network, images.float(), classes=())
+    assert ops(model).count("conv2d") == 2  # the norm is one
+    assert torch.allclose(simulate(model, images), network(images.float()).double(), atol=1e-2)
+
+
+def test_average_pools_in_a_row_stay_within_the_ring() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 7, 7)
+    network = nn.Sequential(nn.Conv2d(3, 10, 3, padding=1), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten()).eval()
+    with torch.no_grad():
+        network[0].weight.mul_(30)
+        expected = network(x).double()
+        assert expected.abs().max() > 4
+        model = build_compiled(network, x, classes=())
+        assert torch.allclose(simulate(model, x.double()), expected, atol=0.01)
+        assert torch.allclose(infer(model, x.double()).logits, expected, atol=0.01)
+
+
+def test_facts_that_no_server_would_load_are_refused(images: Tensor) -> None:
+    network = make_network(False)
+    facts: dict[str, Any] = {"name": "m", "classes": (), "mean": (0, 0, 0), "std": (1, 1, 1)}  # whole numbers are numbers
+    assert compile_model(network, images.float(), **facts).public.std == (1.0, 1.0, 1.0)
+    for wrong in ({"mean": (0.0,)}, {"std": (1.0, 0.0, 1.0)}, {"name": "x" * 129}):
+        with pytest.raises(CompileError):
+            compile_model(network, images.float(), **(facts | wrong))
 
 
 def test_calibration_meets_its_targets(relu_model: Model, images: Tensor) -> None:

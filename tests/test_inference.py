@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plaintext import Plaintext, rounding_bound
 from model_opt.activation import IDENTITY, RELU, SQUARE, PartialActivation
 from protocol import ring
 from protocol.channel import Buffer, MemoryChannel, memory_pair
@@ -22,6 +21,7 @@ from protocol.inference import encode_images, infer, preprocess
 from protocol.material import Material
 from protocol.model import Model, Node, save
 from protocol.online import online_client, online_server
+from protocol.plaintext import Plaintext, rounding_bound
 from protocol.plan import make_plan
 from protocol.simulation import server_graph, simulate
 from tests.conftest import CLASSES, build_compiled, make_network

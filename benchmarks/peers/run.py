@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.peers.environments import Say, Unavailable, prepare
 from benchmarks.peers.export import export_model
-from benchmarks.plaintext import Plaintext
 from protocol.errors import InputError
 from protocol.inference import normalise_images
 from protocol.model import load
+from protocol.plaintext import Plaintext
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The compiled network in plain PyTorch: the floor of every comparison, and the reference of float accuracy."""
+"""The compiled network in plain PyTorch: what the compiler checks itself against, the floor of every comparison, the reference of
+float accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +97,3 @@ def rounding_bound(model: Model, x: Tensor) -> float:
         worst = max(worst, sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
     failure = 2.0**-40 / len(logits)
     return 2 * unit * worst * float(torch.tensor(2 / failure).log().div(2).sqrt())
-
-
-def with_all_relus(model: Model) -> Model:
-    """The same shapes with a ReLU at every pixel, for timing only: its results mean nothing."""
-    masks = {name: torch.full_like(mask, RELU) for name, mask in model.public.masks.items()}
-    return Model(replace(model.public, masks=masks, name=f"{model.public.name}-all-relu"), model.private)
