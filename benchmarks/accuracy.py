@@ -34,6 +34,7 @@ def measure_accuracy(model: Path, network: Path | None, data: Path, images: int,
     pixels, labels = test.images[:images], test.labels[:images]
     if network is not None:
         trained, info = load_network(network)
+        check_fits(source, test.shape, info, network)
     else:
         plain = Plaintext(loaded)
     reals, fixed, private = [], [], []

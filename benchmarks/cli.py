@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.status import Status
@@ -16,6 +17,7 @@ from rich.table import Table
 from benchmarks.accuracy import measure_accuracy
 from benchmarks.demo import MODEL, demo_images
 from benchmarks.demo import demo as run_demo
+from benchmarks.emulation import check_emulation
 from benchmarks.latency import measure, run_side_by_side
 from benchmarks.load import measure_load
 from benchmarks.methods import measure_methods
@@ -24,16 +26,19 @@ from benchmarks.peers.run import PEERS
 from benchmarks.report import load_results, make_report, network_name
 from benchmarks.sweep import points, run_sweep
 from model_opt.cli import DatasetName
+from model_opt.compiler import CompileError
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
 from model_opt.training import write_atomically
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
-from protocol.model import load
+from protocol.model import Model, load
 from protocol.terminal import exit_on_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Measure private inference.")
+MAX_BATCH = 256
+"""Of the server."""
 Emulation = Annotated[str, typer.Option(help="How slow links are made: netem (Linux, root), relay, or auto: netem where it works.")]
 
 
@@ -67,6 +72,11 @@ def table_of(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _own_images(file: Path | None, model: Model, batch: int) -> np.ndarray[Any, Any] | None:
+    """What a model is measured on: a trained one, from a file, real images; None for noise, which random networks are calibrated on."""
+    return demo_images(model.public.input_shape, batch) if file is not None and model.public.input_shape == (3, 32, 32) else None
+
+
 @app.command()
 @exit_on_error("relucent-bench")
 def latency(
@@ -74,7 +84,7 @@ def latency(
     network: Annotated[str, typer.Option(help="Architecture of the random network.")] = "resnet18",
     width: Annotated[int, typer.Option(help="Its channels in the first stage.")] = 64,
     relus: Annotated[str, typer.Option(help="Its ReLUs, or 'all'; squares elsewhere.")] = "12900",
-    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 1,
+    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=MAX_BATCH)] = 1,
     runs: Annotated[int, typer.Option(help="Measured runs; one more warms up.", min=1)] = 7,
     crypten: Annotated[bool, typer.Option(help="Also run the graph on CrypTen (batch 1).")] = True,
     link: Annotated[str, typer.Option(help="Between client and the others: loopback, lan, wan, mobile.")] = "loopback",
@@ -84,12 +94,13 @@ def latency(
     """Private inference in three processes, beside plaintext PyTorch and CrypTen."""
     if link not in LINKS:
         raise InputError(f"unknown link {link!r}", f"known are {', '.join(LINKS)}")
+    check_emulation(emulation)
     console = Console(stderr=True)
-    pixels = None  # noise, which random networks are calibrated on; a trained one is used on real images only
+    pixels = None
     with Status("making the network", console=console) as status:
         if model is not None:
             loaded, network, width = load(model), model.stem, 0
-            pixels = demo_images(loaded.public.input_shape, batch) if loaded.public.input_shape == (3, 32, 32) else None
+            pixels = _own_images(model, loaded, batch)
         else:
             if relus != "all" and not relus.lstrip("-").isdigit():
                 raise InputError(f"--relus {relus!r} is no number", "pass a count or 'all'")
@@ -123,7 +134,7 @@ def accuracy(
     data: Annotated[Path, typer.Option(help="Folder that holds the data set in its official layout.")] = Path("data"),
     dataset: DatasetName = "auto",
     images: Annotated[int, typer.Option(help="Test images, from the first.", min=1)] = 1000,
-    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=256)] = 10,
+    batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=MAX_BATCH)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Float, fixed-point and private accuracy and their agreement, private in three real processes."""
@@ -144,10 +155,12 @@ def _numbers(text: str, what: str, words: dict[str, int | None] | None = None) -
         raise InputError(f"{what} {text!r} is no list of numbers", "separate them with commas") from error
 
 
-def _counts(text: str, what: str) -> list[int]:
+def _counts(text: str, what: str, least: int = 1, most: int | None = None) -> list[int]:
     counts = [n or 0 for n in _numbers(text, what)]
-    if min(counts) < 1:
-        raise InputError(f"{what} {text!r} has a number below 1", "count from 1")
+    if min(counts) < least:
+        raise InputError(f"{what} {text!r} has a number below {least}", f"count from {least}")
+    if most is not None and max(counts) > most:
+        raise InputError(f"{what} {text!r} has a number above {most}", f"stay within {most}")
     return counts
 
 
@@ -200,12 +213,13 @@ def sweep(
     names = links.split(",")
     if unknown := [n for n in names if n not in LINKS]:
         raise InputError(f"unknown link {unknown[0]!r}", f"known are {', '.join(LINKS)}")
+    check_emulation(emulation)
     with Status("starting", console=Console(stderr=True)) as status:
         try:
-            shares = [(n or 0) / 100 for n in _numbers(squares, "--squares")]
+            shares = [n / 100 for n in _counts(squares, "--squares", 0, 100)]
             result = run_sweep(points(networks.split(","), _counts(widths, "--widths"),
                                       _numbers(relus, "--relus", {"all": None}), shares,
-                                      _counts(batches, "--batches"), names), runs, status.update,
+                                      _counts(batches, "--batches", most=MAX_BATCH), names), runs, status.update,
                                _keeper(out), emulation)
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -232,7 +246,7 @@ def peers(
         except ValueError as error:
             raise InputError(str(error)) from error
         network = ("resnet18", width) if model is None else (model.stem, 0)
-        result = run_side_by_side(loaded, *network, names.split(","), runs, status.update, _keeper(out))
+        result = run_side_by_side(loaded, *network, names.split(","), runs, status.update, _keeper(out), _own_images(model, loaded, 1))
     _store(result, out, as_json)
 
 
@@ -253,7 +267,7 @@ def load_test(
 
 
 @app.command()
-@exit_on_error("relucent-bench", DataError, NetworkFileError)
+@exit_on_error("relucent-bench", DataError, NetworkFileError, CompileError)
 def methods(
     networks: Annotated[list[Path], typer.Argument(help="Folders of `relucent-opt pareto`, and networks of `reduce` and `train`.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set; its test images are classified.")] = Path("data"),
@@ -282,8 +296,11 @@ def report(
         exists=True, dir_okay=False, help="Also put tables into this document, each between the marks that name it; repeatable.")] = None,
 ) -> None:
     """Turn stored results into one HTML page, PNG plots, and tables in documents."""
-    for path in make_report(results, out, fill or []):
-        print(f"wrote {path}")
+    try:
+        for path in make_report(results, out, fill or []):
+            print(f"wrote {path}")
+    except OSError as error:
+        raise StorageError(f"cannot write {error.filename or out}: {error.strerror}", "free some space, or name another --out") from error
 
 
 if __name__ == "__main__":

@@ -65,10 +65,15 @@ def emulated(link: Link, how: str = "auto") -> Iterator[Way]:
             yield way
 
 
-def choose_emulation(how: str) -> str:
-    """"netem" or "relay"; "auto" takes netem if it works here. Raises InputError if `how` is unknown or cannot be used."""
+def check_emulation(how: str) -> None:
+    """Raise InputError if `how` is unknown, needed or not."""
     if how not in EMULATIONS:
         raise InputError(f"unknown emulation {how!r}", f"known are {', '.join(EMULATIONS)}")
+
+
+def choose_emulation(how: str) -> str:
+    """"netem" or "relay"; "auto" takes netem if it works here. Raises InputError if `how` is unknown or cannot be used."""
+    check_emulation(how)
     if how == "netem" and not netem_works():
         raise InputError("netem cannot be used here", "it needs Linux with sch_netem, iproute2 and root; or pass --emulation relay")
     return "netem" if how != "relay" and netem_works() else "relay"

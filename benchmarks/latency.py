@@ -210,13 +210,15 @@ LABELS = {"spu-semi2k": "SPU 0.9.5 SEMI2K", "spu-aby3": "SPU 0.9.5 ABY3", "spu-c
 
 
 def run_side_by_side(model: Model, network: str, width: int, names: list[str], runs: int, say: Say,
-                     keep: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+                     keep: Callable[[dict[str, Any]], None] = lambda _: None,
+                     images: np.ndarray[Any, Any] | None = None) -> dict[str, Any]:
     """Ours, plaintext PyTorch and each peer on the same network and images, one after another: "rows" of medians in ms and bytes.
 
     Bytes are what the kernel counted on the parties' sockets; ours and the peers' first inference warms up. keep: called with what there
-    is after each.
+    is after each. images: uint8 (runs, 1, C, H, W); noise if there are none.
     """
-    images = random_images(min(runs, 8), 1, *model.public.input_shape)
+    if images is None:
+        images = random_images(min(runs, 8), 1, *model.public.input_shape)
     ours = measure(model, network, width, batch=1, runs=runs, crypten=False, say=say, images=images)
     rows: list[dict[str, Any]] = [
         {"name": "plaintext", "label": "plaintext PyTorch float32", "online_ms": ours["plaintext_ms"],

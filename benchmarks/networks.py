@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from model_opt.activation import IDENTITY, RELU, SQUARE, partial_activations, replace_relus
 from model_opt.compiler import compile_model
-from model_opt.methods import check_budget
+from model_opt.methods import check_budget, count_all
 from model_opt.networks import build
 from protocol.model import Model
 
 INPUT_SHAPE = (3, 32, 32)
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@cache
+def check_network(network: str, width: int, relus: int | None) -> None:
+    """Raise BudgetError or ValueError if `random_model` could not make this one; in a moment."""
+    total = count_all(build(network, width), INPUT_SHAPE)
+    if relus is not None:
+        check_budget(relus, total)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from model_opt.show import METHOD_COLOURS, draw_pareto
+from model_opt.training import write_atomically
 from protocol.errors import InputError
 
 PARTS = {"setup": ("set-up of the call", "#a0785a"), "linear": ("private linear maps", "#2e86ab"),
@@ -243,7 +244,8 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 def plot_methods(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against ReLUs, a line for each method on each network, and published results."""
     named = [row | {"series": f"{row.get('series', row['label'])}, {network_name(_origin(row, rows))}"} for row in rows]
-    draw_pareto(named, path, "Ours, and published results of larger networks", True)
+    published = all(row["dataset"] == "cifar10" for row in rows)
+    draw_pareto(named, path, "Ours, and published results of larger networks" if published else "Ours", published)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -378,15 +380,19 @@ def limits_table(sweep: dict[str, Any]) -> list[str]:
 
 
 def targets_table(sweep: dict[str, Any]) -> list[str]:
-    """Markdown lines: what we aimed at on two idle cores with the base network on loopback, and what was measured."""
+    """Markdown lines: what we aimed at on two idle cores with ResNet-18 w64 on loopback, one image at a time, and what was measured."""
     base = sweep["rows"][0]
+    if (base["network"], base["width"], base["link"], base["batch"]) != ("resnet18", 64, "loopback", 1):
+        return [f"The aims are for ResNet-18 w64 on loopback with one image at a time; this sweep's base is {network_name(base)} on "
+                f"{base['link']}, batch {base['batch']}."]
     alike = [r for r in sweep["rows"] if all(r[key] == base[key] for key in ("network", "width", "link"))]
     every = max((r for r in alike if r["batch"] == base["batch"]), key=lambda r: r["relus"])
     batch = max((r for r in alike if r["relus"] == base["relus"]), key=lambda r: r["batch"])
     gain = batch["batch"] / batch["online_ms"] / (base["batch"] / base["online_ms"])
     aims = [(f"online, {base['relus']:,} ReLUs", "at most 8x plaintext", base["online_ms"] / base["plaintext_ms"], "x", 8, True),
             (f"online, {every['relus']:,} ReLUs", "at most 60x plaintext", every["online_ms"] / every["plaintext_ms"], "x", 60, True),
-            (f"online images per second, batch {batch['batch']} against 1", "at least 3x", gain, "x", 3, False),
+            *([(f"online images per second, batch {batch['batch']} against 1", "at least 3x", gain, "x", 3, False)]
+              if batch["batch"] > 1 else []),
             ("material that one dealer makes, sending apart", "at least 3 inferences a second", 1e3 / base["limits"]["dealing_ms"],
              " a second", 3, False),
             ("preprocessing of one inference", "under 500 ms", base["preprocessing_ms"], " ms", 500, True)]
@@ -454,31 +460,43 @@ def _ordered(methods: dict[str, Any]) -> list[Row]:
     return sorted(rows, key=lambda r: (origins[id(r)]["network"], -origins[id(r)]["width"], r["budget"], -r["test_accuracy"]))
 
 
+def _subject(methods: dict[str, Any]) -> Callable[[Row], str]:
+    """A row's network; with its data set where there are several."""
+    several = len({r["dataset"] for r in methods["rows"]}) > 1
+    return lambda r: f"{r['network']} w{r['width']}" + (f", {r['dataset']}" if several else "")
+
+
+def _private_images(methods: dict[str, Any]) -> str:
+    """How many test images were classified privately."""
+    return " or ".join(f"{count:,}" for count in sorted({r["private_images"] for r in methods["rows"]}))
+
+
 def accuracy_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: accuracies on the test images; of each method, network, budget and seed the one that was trained longest."""
     longest: dict[tuple[Any, ...], Row] = {}
     for r in _ordered(methods):
-        key = (r["label"], network_name(_origin(r, methods["rows"])), r["budget"], r["seed"])
+        key = (r["label"], r["dataset"], network_name(_origin(r, methods["rows"])), r["budget"], r["seed"])
         longest[key] = max(longest.get(key, r), r, key=lambda row: row["epochs"])
-    lines = [[r["label"] + _course(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}",
+    subject, images = _subject(methods), _private_images(methods)
+    lines = [[r["label"] + _course(r), subject(r), f"{r['relus']:,}",
               *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")), f"{100 * r['private_accuracy']:.1f}",
               f"{r['online_bytes'] / 1e6:.2f}", str(r["epochs"])] for r in longest.values()]
-    return _table(("method", "network", "ReLUs", "float", "fixed point", f"private, first {methods['rows'][0]['private_images']:,}",
+    return _table(("method", "network", "ReLUs", "float", "fixed point", f"private, first {images}",
                    "online MB", "epochs"), lines)
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:
     """Markdown lines: one row for each method, budget and seed."""
-    lines = []
+    lines, subject = [], _subject(methods)
     for r in _ordered(methods):
         accuracies = [_validation(r), *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")),
                       f"{100 * r['private_accuracy']:.1f} ({100 * r['fixed_point_accuracy_same_images']:.1f})"]
         served = [_with_spread(r, "online_ms"), f"{r['online_bytes'] / 1e6:.2f}", str(r["rounds"])]
         degree = "" if r["degree"] is None else str(r["degree"])
-        lines.append([r["label"] + _course(r), f"{r['network']} w{r['width']}", f"{r['relus']:,}", degree, *accuracies, *served,
+        lines.append([r["label"] + _course(r), subject(r), f"{r['relus']:,}", degree, *accuracies, *served,
                       str(r["seed"]), str(r["epochs"]), f"{r['minutes']:.0f}", r["hardware"]])
     return _table(("method", "network", "ReLUs", "degree", "validation", "test, float", "test, fixed point",
-                   f"private on {methods['rows'][0]['private_images']:,} (fixed point on these)", "online ms (min-max)", "online MB",
+                   f"private on {_private_images(methods)} (fixed point on these)", "online ms (min-max)", "online MB",
                    "rounds", "seed", "epochs", "minutes", "trained on"), lines)
 
 
@@ -501,7 +519,9 @@ def _machine(result: dict[str, Any]) -> str:
     def all_of(values: list[Any]) -> str:
         return ", ".join(dict.fromkeys(map(str, values)))
 
-    return (f"{all_of([f['cpu'] for f in facts])}, load average {facts[0]['load_average'][0]} at the start, "
+    loads = [f["load_average"][0] for f in facts]
+    load = f"{loads[0]}" if len(facts) == 1 else f"{min(loads)} to {max(loads)}"
+    return (f"{all_of([f['cpu'] for f in facts])}, load average {load} at the start, "
             f"PyTorch {all_of([f['versions']['torch'] for f in facts])}, {all_of([f.get('date', 'undated') for f in facts])}, "
             f"commit {all_of([f.get('commit') or 'unknown' for f in facts])}")
 
@@ -565,7 +585,7 @@ def make_report(results: Path, out: Path, fill: Sequence[Path] = ()) -> list[Pat
     if not sections:
         raise InputError(f"{results} holds no results", "run `relucent-bench sweep`, `peers` or `load` first")
     page = out / "report.html"
-    page.write_text(_page(sections))
+    write_atomically(page, _page(sections).encode())
     for path in fill:
         _fill(path, tables)
     return [*written, page, *fill]
@@ -587,7 +607,7 @@ def _fill(path: Path, tables: dict[str, list[str]]) -> None:
     def filled(found: re.Match[str]) -> str:
         return "\n\n".join((start.format(found[1]), "\n".join(tables[found[1]]), end))
 
-    path.write_text(whole.sub(filled, text))
+    write_atomically(path, whole.sub(filled, text).encode())
 
 
 def _page(sections: Sequence[tuple[str, list[str], str | None]]) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.emulation import choose_emulation
 from benchmarks.latency import measure
-from benchmarks.networks import random_model
+from benchmarks.networks import check_network, random_model
 from benchmarks.processes import environment
 from model_opt.networks import STANDARD_WIDTH
 from protocol.dealing import deal, weight_masks
@@ -76,7 +76,7 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
     """One row for each point. "left_out" names those that would take too long, "links" what the emulated links really give.
 
     keep: called with the result so far after each row. emulation: as in `benchmarks.emulation.emulated`.
-    Raises ValueError if the first point, the base, would take too long, InputError, PeerError.
+    Raises ValueError if the first point, the base, would take too long, or a network cannot be made, InputError, PeerError.
     """
     facts = environment()
     slow = [name for name in dict.fromkeys(p.link for p in chosen) if LINKS[name].bits_per_s]
@@ -91,6 +91,8 @@ def run_sweep(chosen: Sequence[Point], runs: int, say: Say, keep: Callable[[dict
         return {"rows": rows, "fits": fit_growth(rows), "links": links, "left_out": left_out, **facts}
 
     models: dict[tuple[str, int, int | None, float], Model] = {}
+    for point in chosen:
+        check_network(point.network, point.width, point.relus)
     for point in chosen:
         key = (point.network, point.width, point.relus, point.squares)
         if key not in models:

@@ -14,11 +14,12 @@ import torch
 
 from benchmarks import methods
 from benchmarks import sweep as sweeping
+from benchmarks.demo import with_all_relus
 from benchmarks.latency import add_bytes, preprocessing_timelines, timelines
 from benchmarks.load import _percentiles
 from benchmarks.networks import random_model
 from benchmarks.peers.parties import tcp_bytes
-from benchmarks.report import MARKS, latency_table, make_report, targets_table, training_table
+from benchmarks.report import MARKS, accuracy_table, latency_table, make_report, targets_table, training_table
 from benchmarks.sweep import Point, fit_growth, limits, points, predict, seconds_on
 from model_opt.files import serialise_network
 from model_opt.networks import build
@@ -349,6 +350,30 @@ def test_missed_aims_are_said(results: Path) -> None:
     lines = "\n".join(targets_table(json.loads((results / "sweep.json").read_text())))
     assert "| online images per second, batch 32 against 1 | at least 3x | 1.4" in lines and "**no**" in lines
     assert "| material that one dealer makes, sending apart | at least 3 inferences a second | 6.67 a second | yes |" in lines
+
+
+def test_aims_are_of_their_own_base_and_batch(results: Path) -> None:
+    sweep = json.loads((results / "sweep.json").read_text())
+    alone = sweep | {"rows": [row for row in sweep["rows"] if row["batch"] == 1]}
+    assert not any("images per second" in line for line in targets_table(alone)) and len(targets_table(alone)) > 4
+    (line,) = targets_table(sweep | {"rows": [row for row in sweep["rows"] if row["link"] == "wan"]})
+    assert "on wan" in line
+
+
+def test_rows_of_several_data_sets_and_image_counts_are_told_apart() -> None:
+    row = {"label": "snl", "method": "snl", "network": "resnet18", "width": 16, "relus": 9, "budget": 9, "seed": 0, "epochs": 6,
+           "test_accuracy": 0.5, "fixed_point_accuracy": 0.5, "private_accuracy": 0.5, "private_images": 1000, "online_bytes": 1e6,
+           "dataset": "cifar10", "settings": {}}
+    rows = {"rows": [row, row | {"dataset": "cifar100", "private_images": 100}]}
+    lines = accuracy_table(rows)
+    assert "private, first 100 or 1,000" in lines[0] and [line.split(" | ")[1] for line in lines[2:]] == [
+        "resnet18 w16, cifar10", "resnet18 w16, cifar100"]
+    assert accuracy_table({"rows": [row]})[2].split(" | ")[1] == "resnet18 w16"
+
+
+def test_all_relus_are_compared_as_widely_as_in_a_network_that_has_some() -> None:
+    model = random_model("resnet18", 4, 0)
+    assert model.public.fixed_point.comparison_bits == 4 and with_all_relus(model).public.fixed_point.comparison_bits == 19
 
 
 def test_a_point_may_be_left_out_on_the_base_link() -> None:

@@ -221,6 +221,8 @@ def test_measuring_commands_give_what_the_report_draws(model_path: Path, tmp_pat
     assert [row["clients"] for row in load["rows"]] == [2]
     assert all(row["inferences"] >= 1 and row["images_per_s"] > 0 and not row["errors"] for row in load["rows"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["load.json", "peers.json", "sweep.json"]  # nothing unfinished stays
+    (tmp_path / "file").touch()
+    mistake(program("bench", "report", "--results", tmp_path, "--out", tmp_path / "file"), 1, "cannot write", "hint")
     report = program("bench", "report", "--results", tmp_path, "--out", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     assert {"report.html", "growth.png", "peers.png", "load.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
@@ -232,6 +234,10 @@ def test_measuring_mistakes_keep_the_stored_result(tmp_path: Path) -> None:
     mistake(program("bench", "sweep", "--links", "moon", "--out", stored), 2, "unknown link 'moon'", "hint")
     mistake(program("bench", "sweep", "--relus", "few", "--out", stored), 2, "no list of numbers", "hint")
     mistake(program("bench", "sweep", "--relus", 10**9, "--widths", 4, "--out", stored), 2, "exceeds")
+    for option, value, words in (("--networks", "resnet18,resnet35", "unknown network 'resnet35'"), ("--relus", f"10,{10**9}", "exceeds"),
+                                 ("--squares", "100,150", "above 100"), ("--batches", "1,300", "above 256"),
+                                 ("--emulation", "tbf", "emulation 'tbf'")):  # before anything is measured
+        mistake(program("bench", "sweep", "--widths", 4, "--relus", 10, "--links", "loopback", option, value, "--out", stored), 2, words)
     mistake(program("bench", "peers", "--peers", "nobody", "--out", stored), 2, "no peer 'nobody'", "hint")
     mistake(program("bench", "load", "--clients", 0, "--out", stored), 2, "below 1", "hint")
     assert stored.read_text() == "{}" and list(tmp_path.iterdir()) == [stored]
