@@ -79,7 +79,7 @@ def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, publishe
     The scale is linear near 0 if there are networks without ReLUs.
     published: add literature's CIFAR-10 points, hollow.
     """
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
     measure = "test_accuracy" if all(row.get("test_accuracy") is not None for row in rows) else "validation_accuracy"
     series = [row.get("series", row["label"]) for row in rows]
     for colour, name in zip(METHOD_COLOURS * 3, sorted(set(series))):
@@ -98,6 +98,6 @@ def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, publishe
         axis.set_xlim(left=-least / 4)
     axis.set(xlabel="ReLUs per image", ylabel=f"{measure.replace('_', ' ')}, %", title=title)
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the points, however many series there are
     figure.savefig(path, dpi=130)
     plt.close(figure)
