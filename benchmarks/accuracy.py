@@ -20,15 +20,16 @@ from protocol.plaintext import Plaintext
 from protocol.simulation import simulate
 
 
-def measure_accuracy(model: Path, network: Path | None, data: Path, images: int, batch: int, dataset: str = "auto") -> dict[str, Any]:
+def measure_accuracy(model: Path, network: Path | None, data: Path, images: int, batch: int, dataset: str = "auto",
+                     size: int = 0) -> dict[str, Any]:
     """Figures over the first `images` test images; private inference runs in real dealer and server processes.
 
     Args:
-        network: float network to compare with; None for the compiled file's own weights in float32. dataset: as in `open_dataset`.
+        network: float network to compare with; None for the compiled file's own weights in float32. dataset, size: as in `open_dataset`.
     """
     facts = environment()
     loaded = load(model)
-    source = open_dataset(data, dataset)
+    source = open_dataset(data, dataset, size)
     test = source.load_test()
     check_fits(source, test.shape, loaded.public, model)
     pixels, labels = test.images[:images], test.labels[:images]

@@ -25,7 +25,7 @@ from benchmarks.networks import random_model
 from benchmarks.peers.run import PEERS
 from benchmarks.report import load_results, make_report, network_name
 from benchmarks.sweep import points, run_sweep
-from model_opt.cli import DatasetName
+from model_opt.cli import DatasetName, ImageSize
 from model_opt.compiler import CompileError
 from model_opt.datasets import DataError
 from model_opt.files import NetworkFileError
@@ -133,12 +133,13 @@ def accuracy(
     network: Annotated[Path | None, typer.Option(help="The float network it was compiled from; else the file's own weights.")] = None,
     data: Annotated[Path, typer.Option(help="Folder that holds the data set in its official layout.")] = Path("data"),
     dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
     images: Annotated[int, typer.Option(help="Test images, from the first.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images in one inference.", min=1, max=MAX_BATCH)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Float, fixed-point and private accuracy and their agreement, private in three real processes."""
-    result = measure_accuracy(model, network, data, images, batch, dataset)
+    result = measure_accuracy(model, network, data, images, batch, dataset, image_size)
     if as_json:
         print(json.dumps(result))
     else:
@@ -272,6 +273,7 @@ def methods(
     networks: Annotated[list[Path], typer.Argument(help="Folders of `relucent-opt pareto`, and networks of `reduce` and `train`.")],
     data: Annotated[Path, typer.Option(help="Folder of the data set; its test images are classified.")] = Path("data"),
     dataset: DatasetName = "auto",
+    image_size: ImageSize = 0,
     images: Annotated[int, typer.Option(help="Test images that are classified privately.", min=1)] = 1000,
     runs: Annotated[int, typer.Option(help="Measured runs of the latency; one more warms up.", min=1)] = 15,
     out: Annotated[Path, typer.Option(
@@ -283,7 +285,7 @@ def methods(
     before = load_results(out.parent, out.stem) or {"rows": []}
     with Status("starting", console=Console(stderr=True)) as status:
         rows = measure_methods(networks, data, images, runs, before["rows"], status.update, lambda rows: _write_json(out, {"rows": rows}),
-                               dataset)
+                               dataset, image_size)
     _store({"rows": rows}, out, as_json)
 
 

@@ -39,19 +39,19 @@ def _listed(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, done: Sequence[dict[str, Any]], say: Callable[[str], None],
-                    keep: Callable[[list[dict[str, Any]]], None], dataset: str = "auto") -> list[dict[str, Any]]:
+                    keep: Callable[[list[dict[str, Any]]], None], dataset: str = "auto", size: int = 0) -> list[dict[str, Any]]:
     """One row for each network of `paths` with accuracies on the test images (float, fixed point, private), latency and bytes.
 
     A network is known by the SHA-256 of its file. Every row says when, on what and from which commit it was last measured.
 
     Args:
         paths: folders of `relucent-opt pareto` and files of networks. images: test images that are classified privately; the
-            other two take all. runs: of the latency. dataset: as in `open_dataset`.
+            other two take all. runs: of the latency. dataset, size: as in `open_dataset`.
         done: rows measured before; they stay. Of their networks that are named again only the latency is measured, so that it
             can be compared with the others'. keep: called with all rows after each.
     """
     rows = [dict(row) for row in done]
-    source = open_dataset(data, dataset)
+    source = open_dataset(data, dataset, size)
     train, _ = source.load_train()
     test = source.load_test()
     for file, listed in [item for path in paths for item in _listed(path)]:
@@ -74,7 +74,7 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
                 compiled = Path(temporary) / "model.safetensors"
                 save(model, compiled)
                 say(f"{name}: private accuracy")
-                private = measure_accuracy(compiled, None, data, images, 32, dataset)
+                private = measure_accuracy(compiled, None, data, images, 32, dataset, size)
             row |= {"test_images": len(test), "private_accuracy": private["private_accuracy"], "private_images": private["images"],
                     "fixed_point_accuracy_same_images": private["fixed_point_accuracy"],
                     "private_fixed_point_agreement": private["private_fixed_point_agreement"]}

@@ -178,6 +178,10 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
         return methods.measure_methods(paths, tmp_path / "data", 3, 1, done, lambda _: None,
                                        lambda rows: kept.append([r["file"] for r in rows]))
 
+    def measure_sized(data: Path, path: Path) -> dict[str, Any]:
+        (found,) = methods.measure_methods([path], data, 3, 1, [], lambda _: None, lambda _: None, size=16)
+        return found
+
     first, second = (write_network(tmp_path / name, seed) for seed, name in enumerate(("a", "b")))
     (row,) = measure([first], [])
     assert row["label"] == "all ReLUs" and row["relus"] == row["budget"] > 8_000 and row["degree"] is None and row["dataset"] == "folder"
@@ -187,6 +191,8 @@ def test_methods_measure_a_network_once_and_keep_the_others(tmp_path: Path, monk
     assert [r["file"] for r in rows] == ["a", "b"] and len(served) == 2
     assert rows[0]["test_accuracy"] == 2.0 and rows[0]["online_ms"] == row["online_ms"]  # of a network named again, the latency only
     assert kept == [["a"], ["a", "b"], ["a", "b"]] and old["online_ms"] == -1.0
+    big = measure_sized(folders(tmp_path / "big", size=(20, 20)), first)
+    assert big["sha256"] == row["sha256"] and big["test_images"] == row["test_images"]  # resized to what the network takes
     write_network(first, 2)
     assert [r["file"] for r in measure([first], rows)] == ["a", "b", "a"]  # another network of the same name
     (tmp_path / "results").mkdir()

@@ -98,11 +98,11 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         source.load_train()
 
 
-def folders(root: Path, splits: tuple[str, ...] = ("train", "test")) -> Path:
+def folders(root: Path, splits: tuple[str, ...] = ("train", "test"), size: tuple[int, int] = (16, 16)) -> Path:
     for split in splits:
         for k, name in enumerate(("cat", "dog")):
             for i in range(10):
-                save_image(root / split / name / f"{i}.png", 100 * k + i)
+                save_image(root / split / name / f"{i}.png", 100 * k + i, size)
     return root
 
 
