@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ P = ParamSpec("P")
 def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Decorate a command: errors of ours, and those of the types `also`, end it with a line on stderr.
 
-    Exit code 2 for the user's own input, 1 for everything else; those of the types `also` are input unless they have an `exit_code`.
+    A full disk is one such line, too. Exit code 2 for the user's own input, 1 for everything else; those of the types `also` are input
+    unless they have an `exit_code`.
     """
 
     def decorate(command: Callable[P, None]) -> Callable[P, None]:
@@ -27,6 +29,10 @@ def exit_on_error(program: str, *also: type[Exception]) -> Callable[[Callable[P,
                 fail(program, str(error), error.hint, 2 if isinstance(error, InputError) else 1)
             except also as error:
                 fail(program, str(error), getattr(error, "hint", ""), getattr(error, "exit_code", 2))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                fail(program, f"cannot write {error.filename or 'a temporary file'}: {error.strerror}", "free some space", 1)
             except KeyboardInterrupt:
                 fail(program, "interrupted", "", 130)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from benchmarks.networks import random_model
 from benchmarks.processes import Roles, serving
 from protocol.links import LINKS
 from protocol.model import Model, save
+from protocol.terminal import exit_on_error
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "cifar10-resnet18-w32.safetensors"
 APPS = {"client": "client.cli:app", "server": "server.cli:server_app", "dealer": "server.cli:dealer_app",
@@ -226,6 +229,20 @@ def test_measuring_commands_give_what_the_report_draws(model_path: Path, tmp_pat
     report = program("bench", "report", "--results", tmp_path, "--out", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     assert {"report.html", "growth.png", "peers.png", "load.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_a_full_disk_is_one_line_wherever_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_error("relucent-bench")
+    def command(number: int) -> None:
+        raise OSError(number, os.strerror(number), "/tmp/model")
+
+    with pytest.raises(SystemExit) as stopped:
+        command(errno.ENOSPC)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines() == ["relucent-bench: error: cannot write /tmp/model: No space left on device",
+                                                    "relucent-bench: hint: free some space"]
+    with pytest.raises(OSError, match="Input/output"):  # of ours to explain, or a bug
+        command(errno.EIO)
 
 
 def test_measuring_mistakes_keep_the_stored_result(tmp_path: Path) -> None:
