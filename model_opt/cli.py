@@ -27,6 +27,7 @@ from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
 from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, reduction, table_row, taken_in
 from model_opt.teachers import mentor
 from model_opt.training import (
+    CLIP,
     NORM_IMAGES,
     Recipe,
     TrainingError,
@@ -58,6 +59,8 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training images.", mi
 Batch = Annotated[int, typer.Option(help="Images per step.", min=2)]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of the weights.", min=0)]
 Schedule = Annotated[str, typer.Option(help="one-cycle (warm-up, then cosine) or cosine.")]
+Clip = Annotated[float, typer.Option(
+    help="Largest norm of a gradient. Squares explode on single images; 0.5 keeps such steps from undoing what was learnt.", min=1e-3)]
 Ema = Annotated[float, typer.Option(help="Decay per step of an average of the weights; 0 for none.", min=0, max=0.9999)]
 Shift = Annotated[float, typer.Option(help="Augmentation: largest shift, as a fraction of the side.", min=0, max=0.5)]
 Cutout = Annotated[float, typer.Option(help="Augmentation: side of the hole, as a fraction of the side; 0 for none.", min=0, max=1)]
@@ -273,6 +276,7 @@ def train(
     batch: Batch = 256,
     lr: Rate = 0.2,
     schedule: Schedule = "one-cycle",
+    clip: Clip = CLIP,
     label_smoothing: Annotated[float, typer.Option(help="Without a teacher.", min=0, max=0.9)] = 0.1,
     ema: Ema = 0.0,
     start_size: Annotated[int, typer.Option(help="Side of the images at first; they grow to full size. 0: full throughout.", min=0)] = 0,
@@ -293,7 +297,7 @@ def train(
     """Train an all-ReLU network, which becomes the teacher of ReLU reduction, or go on with a network of any kind."""
     _check_writable(out)
     _check_logits(logits, bool(teacher))
-    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, label_smoothing=label_smoothing, ema=ema,
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, clip=clip, label_smoothing=label_smoothing, ema=ema,
                      start_size=start_size, shift=shift, cutout=cutout, noise=noise, seed=seed)
     source = _open(folder, dataset, image_size, download)
     training, validation = source.load_train()
@@ -399,6 +403,7 @@ def reduce(
     batch: Batch = 256,
     lr: Rate = 0.05,
     schedule: Schedule = "one-cycle",
+    clip: Clip = CLIP,
     ema: Ema = 0.0,
     distil: Distil = True,
     shift: Shift = data.SHIFT,
@@ -436,8 +441,8 @@ def reduce(
     source = _open(folder, dataset, image_size, download)
     mentors = _teachers(further, source, info.input_shape, infos)
     splits = _fitting(source, infos, path)
-    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, ema=ema, shift=shift, cutout=cutout, noise=noise,
-                     seed=seed)
+    recipe = _recipe(epochs=epochs, batch=batch, lr=lr, schedule=schedule, warmup=0.1, clip=clip, ema=ema, shift=shift, cutout=cutout,
+                     noise=noise, seed=seed)
     settings = _settings(method, budget, options, recipe, distil, _sources(parent, infos, source, splits, begin, mentors))
     result, made_by = _run_method(settings, options, parent, info, splits, recipe, run or Path("runs") / f"{out.stem}-{method}",
                                   start=begin, teachers=mentors, logits=logits)
@@ -465,6 +470,7 @@ def pareto(
     epochs: Epochs = 15,
     batch: Batch = 256,
     lr: Rate = 0.05,
+    clip: Clip = CLIP,
     shift: Shift = data.SHIFT,
     cutout: Cutout = data.CUTOUT,
     noise: Noise = 0.0,
@@ -503,7 +509,8 @@ def pareto(
                 plain = label.replace(":", "-").replace(",", "-").replace("=", "_")
                 stem, shared = f"{plain}-{count}-{seed}", out / "runs" / f"{plain}-{seed}"
                 facts = out / f"{stem}.json"
-                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, shift=shift, cutout=cutout, noise=noise, seed=seed)
+                recipe = _recipe(epochs=epochs, batch=batch, lr=lr, warmup=0.1, clip=clip, shift=shift, cutout=cutout, noise=noise,
+                                 seed=seed)
                 settings = _settings(method, count, options, recipe, distil, sources)
                 made = _finished(facts, settings)
                 if made is None:

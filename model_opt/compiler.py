@@ -294,7 +294,8 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[_Draft]
 
 def check(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a network's output for one image. Raises CompileError, naming the place, if it could not be compiled later."""
-    return _lower(network, torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)))[3]
+    *_, output_shape = _lower(network, torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)))
+    return output_shape
 
 
 @torch.no_grad()

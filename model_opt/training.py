@@ -35,6 +35,8 @@ from protocol.model import tensors_digest
 NORM_IMAGES = 4000
 QUICK_IMAGES = 1000
 """Images of the validation between epochs; the last one takes them all."""
+CLIP = 5.0
+"""Largest norm of a gradient if nobody says otherwise."""
 GROW_FROM, GROW_UNTIL = 0.3, 0.8
 """Fractions of a run between which the images grow from `start_size`."""
 
@@ -74,7 +76,7 @@ class Recipe:
     temperature: float = 4.0
     hard_weight: float = 1.0
     soft_weight: float = 1.0
-    clip: float = 5.0
+    clip: float = CLIP
     ema: float = 0.0
     start_size: int = 0
     shift: float = SHIFT
@@ -88,6 +90,8 @@ class Recipe:
         numbers = {name: value for name, value in asdict(self).items() if isinstance(value, (int, float)) and name != "seed"}
         if wrong := [name for name, value in numbers.items() if not (math.isfinite(value) and value >= 0)]:
             raise ValueError(f"{wrong[0]} must be a number and not negative, got {numbers[wrong[0]]}")
+        if not self.clip:
+            raise ValueError("clip must be above 0, or nothing would be learnt")
         if self.shift > 0.5 or self.cutout > 1 or self.warmup >= 1:
             raise ValueError(f"shift may be 0.5 at most, cutout 1, warmup below 1, got {self.shift}, {self.cutout}, {self.warmup}")
         if not -(2**63) <= self.seed < 2**64:
@@ -224,6 +228,8 @@ class Score:
         return cls(float((logits.argmax(1) == labels).double().mean()), float(nn.functional.cross_entropy(logits.double(), labels)))
 
     def __str__(self) -> str:
+        if not math.isfinite(self.cross_entropy):
+            return f"accuracy {self.accuracy:.2%}, no cross entropy (a logit overflows)"
         return f"accuracy {self.accuracy:.2%}, cross entropy {self.cross_entropy:.3f}"
 
 

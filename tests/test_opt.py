@@ -127,6 +127,8 @@ def test_evaluation_gives_accuracy_and_cross_entropy(place: Path, capsys: pytest
         network.get_parameter("fc.bias").fill_(torch.inf)
     Path("broken").write_bytes(serialise_network(network, load_network(Path("teacher"))[1]))
     assert evaluated("broken")["cross_entropy"] is None
+    evaluate(Path("broken"))
+    assert "no cross entropy (a logit overflows)" in capsys.readouterr().out
 
 
 def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +243,7 @@ def test_pareto_takes_finished_rows_of_the_same_settings_only(place: Path, capsy
     assert tested == first | {"test_accuracy": tested["test_accuracy"]} and 0 <= tested["test_accuracy"] <= 1
     assert Path("table/autorep-200-0.safetensors").read_bytes() == network
     for changes, name in (({"epochs": 2}, "epochs"), ({"lr": 0.02}, "lr"), ({"distil": False}, "distil"), ({"shift": 0.0}, "shift"),
-                          ({"noise": 2.0}, "noise")):
+                          ({"noise": 2.0}, "noise"), ({"clip": 0.5}, "clip")):
         with pytest.raises(SystemExit):
             rows(**changes)
         refused(capsys, f"other settings ({name})")

@@ -145,9 +145,32 @@ def test_schedules(schedule: str, first: float) -> None:
         Recipe(epochs=1, schedule="stairs")
     for settings, message in (({"lr": math.nan}, "lr must be a number"), ({"noise": math.inf}, "noise must"), ({"lr": -1}, "lr must"),
                               ({"shift": 0.6}, "shift may be 0.5"), ({"cutout": 1.5}, "cutout 1"), ({"warmup": 1.0}, "warmup below 1"),
-                              ({"seed": 2**64}, "64 bits")):
+                              ({"seed": 2**64}, "64 bits"), ({"clip": 0.0}, "clip must be above 0")):
         with pytest.raises(ValueError, match=message):
             Recipe(epochs=1, **settings)
+
+
+def test_a_gradient_moves_the_weights_no_further_than_its_clipped_norm(tmp_path: Path) -> None:
+    """Without momentum a step is at most lr times clip long, whatever the loss: one exploding image cannot undo an epoch."""
+    class Exploding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build("resnet18", 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.network(x)
+            return 1e4 * logits
+
+    def moved(clip: float) -> float:
+        torch.manual_seed(0)
+        model = Exploding()
+        before = [value.detach().clone() for value in model.parameters()]
+        recipe = Recipe(epochs=1, batch=32, lr=0.1, schedule="cosine", momentum=0.0, weight_decay=0.0, clip=clip)
+        fit(model, learnable(32), learnable(10), recipe, tmp_path / str(clip))
+        return math.sqrt(sum(float((now.detach() - then).square().sum()) for now, then in zip(model.parameters(), before)))
+
+    assert moved(0.5) == pytest.approx(0.05, rel=1e-3)
+    assert moved(5.0) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_images_grow() -> None:
