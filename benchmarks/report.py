@@ -449,7 +449,9 @@ def _course(row: dict[str, Any]) -> str:
     earlier, later = row.get("earlier", []), row.get("later", [])
     begun = next((f", from {part['relus']:,} ReLUs" for part in reversed(earlier) if part["command"] == "reduce"), "")
     averaged = ", weights averaged" if any(part["command"] == "average" for part in later) else ""
-    epochs = sum(run["epochs"] for part in later for run in (part, *part.get("besides", ())))
+    fewest = [run["relus"] for part in later if part.get("relus_of") for run in part["besides"] if run["command"] == "reduce"]
+    averaged += f", also with those of {min(fewest):,} ReLUs" if fewest else ""
+    epochs = sum(run["epochs"] for part in later for run in (part, *part.get("besides", ())) if run["command"] != "reduce")
     return begun + (f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else "")
 
 

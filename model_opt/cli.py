@@ -351,19 +351,22 @@ def average_networks(
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,
     held_out: Annotated[int, typer.Option(help="Last validation images to measure on; 0: all that no --fold-in took.", min=0)] = 0,
+    relus_of: Annotated[Path | None, typer.Option(help="Network whose ReLUs the average keeps, if the others' differ.")] = None,
 ) -> None:
     """Average the weights of networks of one lineage: often a little better than each, at the cost of one.
 
     One that is named twice counts twice.
     """
-    if len(networks) < 2:
+    if len(networks) < 2 and relus_of is None:
         raise InputError("one network has no average", "name two or more")
     _check_writable(out)
-    loaded = [files.load_network(path) for path in networks]
-    infos = [info for _, info in loaded]
+    paths = [*networks, *([] if relus_of is None else [relus_of])]
+    loaded = [files.load_network(path) for path in paths]
+    models, infos = [model for model, _ in loaded], [info for _, info in loaded]
+    chosen = None if relus_of is None else models.pop()
     source = _open(folder, dataset, image_size, False)
     training, validation = source.load_train()
-    for info, path in zip(infos, networks):
+    for info, path in zip(infos, paths):
         files.check_fits(source, training.shape, info, path)
         if lineage(info.made_by)[0] != lineage(infos[0].made_by)[0] or (info.mean, info.std) != (infos[0].mean, infos[0].std):
             raise InputError(f"{path} and {networks[0]} come from different trainings",
@@ -373,9 +376,10 @@ def average_networks(
         raise InputError(f"--held-out {held_out} is more than the {len(unseen):,} validation images that no training took in", "pass fewer")
     taken = len(validation) - (held_out or len(unseen))
     training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, validation[taken:]))
-    model = average([model for model, _ in loaded], training.sample(NORM_IMAGES))
+    model = average(models, training.sample(NORM_IMAGES), chosen)
     measured = score(model, validation)
-    made_by = {**averaged(infos), "networks": [digest(model) for model, _ in loaded], "fold_in": taken,
+    made_by = {**averaged(infos), "networks": [digest(model) for model in models], "fold_in": taken,
+               **({} if chosen is None else {"relus_of": digest(chosen)}),
                "validation_accuracy": measured.accuracy, "validation_images": len(validation)}
     _write(out, files.serialise_network(model, replace(infos[-1], made_by=made_by)))
     print(f"wrote {out}: validation {measured} of {len(validation):,} images")

@@ -191,22 +191,25 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 @torch.no_grad()
-def average(networks: Sequence[nn.Module], sample: Split) -> nn.Module:
+def average(networks: Sequence[nn.Module], sample: Split, relus_of: nn.Module | None = None) -> nn.Module:
     """One network with the mean of the weights of several that were trained on from the same one (Izmailov et al. 2018).
 
-    sample: training images, on which BatchNorm's statistics are set anew. Raises TrainingError unless the networks have the same
-    architecture and ReLUs.
+    sample: training images, on which BatchNorm's statistics are set anew. relus_of: the network whose ReLUs it keeps, where the
+    others may keep different ones. Raises TrainingError unless the networks have the same architecture and, without `relus_of`, ReLUs.
     """
-    states = [network.state_dict() for network in networks]
-    mean = copy.deepcopy(networks[0])
+    mean = copy.deepcopy(networks[0] if relus_of is None else relus_of)
+    states = [network.state_dict() for network in (*networks, mean)]
     for name, target in mean.state_dict().items():
         values = [state.get(name) for state in states]
+        kind = name.rpartition(".")[2]
         if any(state.keys() != states[0].keys() for state in states) or any(v is None or v.shape != target.shape for v in values):
             raise TrainingError("the networks have different architectures; average those that go on from the same one")
         if target.is_floating_point():
-            target.copy_(torch.stack([v for v in values if v is not None]).mean(0))
-        elif name.rpartition(".")[2] != "num_batches_tracked" and any(not torch.equal(target, v) for v in values if v is not None):
-            raise TrainingError("the networks keep different ReLUs; average those that go on from the same one")
+            target.copy_(torch.stack([v for v in values[:-1] if v is not None]).mean(0))
+        elif kind != "num_batches_tracked" and not (kind == "mask" and relus_of is not None) and any(
+                not torch.equal(target, v) for v in values if v is not None):
+            raise TrainingError("the networks keep different ReLUs or scales of squares; average those that go on from the same one, "
+                                "or say whose ReLUs the mean keeps")
     reestimate_norms(mean, sample)
     return mean
 

@@ -375,6 +375,10 @@ def test_rows_of_several_data_sets_and_image_counts_are_told_apart() -> None:
     assert "private, first 100 or 1,000" in lines[0] and [line.split(" | ")[1] for line in lines[2:]] == [
         "resnet18 w16, cifar10", "resnet18 w16, cifar100"]
     assert accuracy_table({"rows": [row]})[2].split(" | ")[1] == "resnet18 w16"
+    besides = [{"command": "reduce", "relus": 5, "epochs": 3}, {"command": "train", "epochs": 4}]
+    later = [{"command": "average", "epochs": 0, "relus_of": "a digest", "besides": besides}, {"command": "train", "epochs": 8}]
+    (line,) = accuracy_table({"rows": [row | {"later": later}]})[2:]
+    assert line.startswith("| snl, then 12 epochs with the ReLUs fixed, weights averaged, also with those of 5 ReLUs | ")
 
 
 def test_all_relus_are_compared_as_widely_as_in_a_network_that_has_some() -> None:

@@ -303,6 +303,14 @@ def test_training_that_goes_on_takes_in_validation_images(place: Path, capsys: p
         average_networks([Path(name) for name in order], Path("again"))
         again = table_row(load_network(Path("again"))[1], "again")
         assert (again["epochs"], again["minutes"], again["later"][-1]["fold_in"]) == (row["epochs"], row["minutes"], 1), order
+    reduce([Path("teacher")], Path("fewer"), start=Path("out"), budget=100, lr=0.01, **SHORT)
+    average_networks([Path("fewer")], Path("grafted"), relus_of=Path("out"))  # the weights of the one, the ReLUs of the other
+    fewer, grafted = (load_network(Path(name))[0].state_dict() for name in ("fewer", "grafted"))
+    assert torch.equal(fewer[weight], grafted[weight]) and not torch.equal(fewer[weight], states[0][weight])
+    assert all(torch.equal(grafted[name], states[0][name]) for name in masks)
+    assert not all(torch.equal(grafted[name], fewer[name]) for name in masks)
+    crossed = table_row(load_network(Path("grafted"))[1], "grafted")
+    assert (crossed["relus"], crossed["budget"], crossed["epochs"]) == (row["relus"], 200, 2)  # the teacher's cost is not a method's
     reduce([Path("teacher")], Path("other"), budget=100, lr=0.01, **SHORT)
     for networks, held_out, message in ((["out"], 0, "name two or more"), (["out", "teacher"], 0, "different trainings"),
                                         (["out", "other"], 0, "different trainings"),
