@@ -474,11 +474,11 @@ def _private_images(methods: dict[str, Any]) -> str:
 
 
 def accuracy_table(methods: dict[str, Any]) -> list[str]:
-    """Markdown lines: accuracies on the test images; of each method, network, budget and seed the one that was trained longest."""
+    """Markdown lines: accuracies on the test images; of each method, network, budget, seed and width the one that was trained longest."""
     longest: dict[tuple[Any, ...], Row] = {}
     for r in _ordered(methods):
-        key = (r["label"], r["dataset"], network_name(_origin(r, methods["rows"])), r["budget"], r["seed"])
-        longest[key] = max(longest.get(key, r), r, key=lambda row: row["epochs"])
+        key = (r["label"], r["dataset"], network_name(_origin(r, methods["rows"])), r["budget"], r["seed"], r["width"])
+        longest[key] = max(longest.get(key, r), r, key=lambda row: (row["epochs"], len(row.get("later", [])), row["validation_accuracy"]))
     subject, images = _subject(methods), _private_images(methods)
     lines = [[r["label"] + _course(r), subject(r), f"{r['relus']:,}",
               *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")), f"{100 * r['private_accuracy']:.1f}",

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from model_opt import compiler, data, datasets, files, methods
 from model_opt.activation import count_relus, partial_activations
 from model_opt.methods.autorep import SETTLED
 from model_opt.networks import NETWORKS, STANDARD_WIDTH, build
-from model_opt.runs import averaged, describe_hardware, epochs_spent, lineage, minutes_spent, reduction, table_row, taken_in
+from model_opt.runs import averaged, describe_hardware, epochs_spent, folded_data, lineage, minutes_spent, reduction, table_row, taken_in
 from model_opt.teachers import mentor
 from model_opt.training import (
     CLIP,
@@ -137,6 +138,7 @@ def _start(path: Path, method: str, options: dict[str, Any], teacher: Path,
     if changed := [f"{name}={value}" for name, value in settled.items() if options.get(name, value) != value]:
         raise InputError(f"{path} was made with {', '.join(changed)}, which stays",
                          "leave that setting out, or leave --from out to start from the teacher")
+    _check_options(method, {**begun, **options})
     return model, before, {**begun, **options}
 
 
@@ -162,13 +164,27 @@ def _fitting(dataset: datasets.Dataset, infos: Sequence[files.NetworkInfo], path
     return replace(train, mean=info.mean, std=info.std), replace(unseen, mean=info.mean, std=info.std)
 
 
+def _check_same(validation: data.Split, infos: Sequence[files.NetworkInfo]) -> None:
+    """Raise InputError unless these are the validation images of which these networks' lineages took the first ones in."""
+    if folded_data(infos) - {validation.labels_digest()}:
+        raise InputError("a network was trained on some of the validation images, here are others", "pass the data that it was trained on")
+
+
 def _unseen(validation: data.Split, infos: Sequence[files.NetworkInfo]) -> data.Split:
     """The validation images that no training of these networks' lineages took in."""
     taken = taken_in(infos)
+    _check_same(validation, infos)
     if taken >= len(validation):
         raise InputError(f"the network was trained on {taken:,} validation images, here are {len(validation):,}",
                          "pass the data that it was trained on")
     return validation[taken:]
+
+
+def _last(unseen: data.Split, held_out: int) -> data.Split:
+    """The last `held_out` of these images; all for 0."""
+    if held_out > len(unseen):
+        raise InputError(f"--held-out {held_out} is more than the {len(unseen):,} validation images that no training took in", "pass fewer")
+    return unseen[len(unseen) - (held_out or len(unseen)):]
 
 
 def _rebuild(info: files.NetworkInfo) -> Callable[[float, int], nn.Module]:
@@ -194,20 +210,24 @@ def _parse_options(method: str, pairs: list[str]) -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             expected = kind.__name__ if kind in (bool, int, float, str) else "list of numbers"
             raise InputError(f"{pair!r} is no valid setting", f"write {name}=VALUE with a {expected}") from error
+    return values
+
+
+def _check_options(method: str, options: dict[str, Any]) -> None:
     try:
-        methods.make_options(method, values)
+        methods.make_options(method, options)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return values
 
 
 def _sources(teacher: nn.Module, infos: Sequence[files.NetworkInfo], dataset: datasets.Dataset, splits: tuple[data.Split, data.Split],
              start: nn.Module | None = None, mentors: Sequence[nn.Module] = ()) -> dict[str, Any]:
     """What a network is reduced from. infos: of the teacher, of the network to start from and of those that teach besides."""
-    taken = taken_in(infos)
+    taken, known = taken_in(infos), "".join(sorted(folded_data(infos)))  # one, since they are of the same data
     return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits],
             **({"start": digest(start)} if start is not None else {}),
-            **({"mentors": [digest(model) for model in mentors]} if mentors else {}), **({"fold_in": taken} if taken else {})}
+            **({"mentors": [digest(model) for model in mentors]} if mentors else {}), 
+            **({"fold_in": taken} if taken else {}), **({"validation_data": known} if known else {})}
 
 
 def _settings(method: str, budget: int, options: dict[str, Any], recipe: Recipe, distil: bool, sources: dict[str, Any]) -> dict[str, Any]:
@@ -317,6 +337,8 @@ def train(
         except ValueError as error:
             raise InputError(str(error)) from error
     mentors = _teachers(teacher or [], source, training.shape, infos)
+    _check_same(validation, infos)
+    known = validation.labels_digest()
     if infos:
         training, validation = (replace(split, mean=infos[0].mean, std=infos[0].std) for split in (training, validation))
     taken = max(fold_in, taken_in(infos))
@@ -330,7 +352,8 @@ def train(
     if world()[0] > 0:
         return
     made_by = {"command": "train", "dataset": source.name, **asdict(recipe), "distil": bool(mentors), "teachers": len(mentors),
-               "fold_in": taken,  # seen by it or by what it comes from
+               **({"mentors": [digest(model) for model in mentors]} if mentors else {}),
+               "fold_in": taken, "validation_data": known,  # how many of which were seen by it or by what it comes from
                "validation_accuracy": score, "validation_images": len(validation), "minutes": minutes_spent(where),
                "hardware": describe_hardware()}
     if start is not None:
@@ -371,14 +394,12 @@ def average_networks(
         if lineage(info.made_by)[0] != lineage(infos[0].made_by)[0] or (info.mean, info.std) != (infos[0].mean, infos[0].std):
             raise InputError(f"{path} and {networks[0]} come from different trainings",
                              "average what `train --from` made of the same network")
-    unseen = _unseen(validation, infos)
-    if held_out > len(unseen):
-        raise InputError(f"--held-out {held_out} is more than the {len(unseen):,} validation images that no training took in", "pass fewer")
-    taken = len(validation) - (held_out or len(unseen))
-    training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, validation[taken:]))
+    unseen, known = _last(_unseen(validation, infos), held_out), validation.labels_digest()
+    taken = len(validation) - len(unseen)
+    training, validation = (replace(part, mean=infos[0].mean, std=infos[0].std) for part in (training, unseen))
     model = average(models, training.sample(NORM_IMAGES), chosen)
     measured = score(model, validation)
-    made_by = {**averaged(infos), "networks": [digest(model) for model in models], "fold_in": taken,
+    made_by = {**averaged(infos), "networks": [digest(model) for model in models], "fold_in": taken, "validation_data": known,
                **({} if chosen is None else {"relus_of": digest(chosen)}),
                "validation_accuracy": measured.accuracy, "validation_images": len(validation)}
     _write(out, files.serialise_network(model, replace(infos[-1], made_by=made_by)))
@@ -430,13 +451,16 @@ def reduce(
     if targets := [f"{name}={value}" for name, value in goal.items() if value is not None]:
         if method not in (None, "cost"):
             raise InputError(f"a target and --link do not go with --method {method}", "leave --method out, or pass --budget alone")
+        if twice := [pair for pair in option or [] if goal.get(pair.partition("=")[0]) is not None]:
+            raise InputError(f"-o {twice[0]} is given as an option of its own too", "pass it once")
         method, option = "cost", [*targets, *(option or [])]
     elif budget is None and method != "cost":
         raise InputError("no goal given", "pass --budget, --target-ms with --link, or --target-bytes")
     method = method or "autorep"
-    options = _parse_options(method, option or [])
-    infos, begin = [info], None
-    if start is not None:
+    options, infos, begin = _parse_options(method, option or []), [info], None
+    if start is None:
+        _check_options(method, options)
+    else:
         begin, before, options = _start(start, method, options, path, info)
         infos.append(before)
     total = methods.count_all(parent, info.input_shape)
@@ -499,6 +523,7 @@ def pareto(
         method, _, text = configuration.partition(":")
         pairs = re.split(r",(?=\w+=)", text) if text else []  # a value may be a list: widths=0.5,0.25
         chosen.append((configuration, method, _parse_options(method, pairs)))
+        _check_options(*chosen[-1][1:])
     source = _open(folder, dataset, image_size, False)
     splits = _fitting(source, [info], teacher)
     sources = _sources(parent, [info], source, splits)
@@ -659,6 +684,8 @@ def evaluate(
     split: Annotated[str, typer.Option(
         help="validation (without what a --fold-in took) or test. Choose on validation; touch test once.")] = "validation",
     limit: Annotated[int, typer.Option(help="Only the first LIMIT images; 0 for all.", min=0)] = 0,
+    held_out: Annotated[int, typer.Option(
+        help="Only the last HELD_OUT validation images: those that no --fold-in took, which a compiled model does not say.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Accuracy and cross entropy of FILE: in float for a network, in simulated fixed point for a compiled model."""
@@ -666,16 +693,20 @@ def evaluate(
         raise InputError(f"unknown split {split!r}", "use validation or test")
     source = _open(folder, dataset, image_size, False)
     images = source.load_test() if split == "test" else source.load_train()[1]
+    if held_out and split == "test":
+        raise InputError("--held-out goes with validation images", "leave it out for the test images")
     try:
         model, info = files.load_network(file)
         files.check_fits(source, images.shape, info, file)
-        images = (images if split == "test" else _unseen(images, [info]))[:limit or None]
+        images = _last(images if split == "test" else _unseen(images, [info]), held_out)[:limit or None]
         kind, measured, relus = "float", score(model, replace(images, mean=info.mean, std=info.std)), count_relus(model)
         relus = relus if info.partial else methods.count_all(model, info.input_shape)
     except files.NetworkFileError:
         loaded = _load_compiled(file)
         files.check_fits(source, images.shape, loaded.public, file)
-        images = replace(images[:limit or None], mean=loaded.public.mean, std=loaded.public.std)
+        if split == "validation" and not held_out:
+            print("note: training may have taken some of these images in (--fold-in); --held-out N leaves them out", file=sys.stderr)
+        images = replace(_last(images, held_out)[:limit or None], mean=loaded.public.mean, std=loaded.public.std)
         kind, measured, relus = "fixed_point", compiler.fixed_point_score(loaded, images), loaded.public.relus
     if as_json:
         print(json.dumps({"file": str(file), "split": split, "images": len(images), "arithmetic": kind, "accuracy": measured.accuracy,

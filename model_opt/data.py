@@ -47,6 +47,10 @@ class Split:
         normalisation = torch.tensor([self.mean, self.std])
         return tensors_digest({"images": self.images.cpu(), "labels": self.labels.cpu(), "normalisation": normalisation}).hex()
 
+    def labels_digest(self) -> str:
+        """SHA-256 over the labels in their order, which tells what images these are however they are stored."""
+        return tensors_digest({"labels": self.labels.cpu()}).hex()
+
     def normalised(self, chosen: slice | Tensor = slice(None)) -> Tensor:
         """The chosen images as float32 with per-channel mean 0 and deviation 1 over the training set."""
         return normalise(self.images[chosen], self.mean, self.std)

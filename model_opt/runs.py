@@ -75,6 +75,11 @@ def taken_in(infos: Sequence[NetworkInfo]) -> int:
     return max((run.get("fold_in", 0) for info in infos for run in all_runs(info.made_by)), default=0)
 
 
+def folded_data(infos: Sequence[NetworkInfo]) -> set[str]:
+    """Digests of the labels of the validation images of which trainings of these networks or their ancestors took some in, if known."""
+    return {run["validation_data"] for info in infos for run in all_runs(info.made_by) if run.get("fold_in") and "validation_data" in run}
+
+
 def averaged(infos: Sequence[NetworkInfo]) -> dict[str, Any]:
     """`made_by` of an average: it goes on from the last; "besides" has the runs that made only the others. Training took no time."""
     own = all_runs(infos[-1].made_by)
@@ -97,7 +102,9 @@ def table_row(info: NetworkInfo, file: str) -> dict[str, Any]:
     if reduced:
         method, options = made_by["method"], made_by["options"]
         label = method + ":" * bool(options) + ",".join(f"{name}={value}" for name, value in options.items())
-        relus, budget, degree = made_by["relus"], made_by["budget"], options.get("degree", 2 if method in ("autorep", "cost") else 0)
+        relus, budget, degree = made_by["relus"], made_by["budget"], options.get("degree", 2 if method == "autorep" else 0)
+        if method == "cost":  # which takes lines where its target pays for no pixel beyond the ReLUs
+            degree = 2 if made_by.get("details", {}).get("squares", 1) else 1
     else:
         method, label, degree = "none", "all ReLUs", None
         relus = budget = count_all(info.build(), info.input_shape)

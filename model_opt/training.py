@@ -456,6 +456,8 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     checkpoint, log = folder / "checkpoint.pt", folder / "log.csv"
     parts = _Parts(model, optimiser, generator, stage, average)
     first, step = parts.resume(checkpoint, settings) if checkpoint.exists() else (0, 0)
+    if not first and rank == 0:
+        log.unlink(missing_ok=True)  # of an attempt that was given up
     parallel, trained = _parallel(model, where), _trained(model)
     if processes > 1:
         ends = torch.tensor([step, -step], device=where)
@@ -494,7 +496,8 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
                 loss.backward()
                 value, norm = float(loss.detach()), float(nn.utils.clip_grad_norm_(clipped, recipe.clip))
                 if not (math.isfinite(value) and math.isfinite(norm)):
-                    raise TrainingFailure(f"loss {value}, gradient norm {norm} at step {step}; {_kept(folder)}; try a lower --lr")
+                    raise TrainingFailure(f"loss {value}, gradient norm {norm} at step {step}; {_kept(folder)} with the same settings; "
+                                          "another --run can begin with a lower --lr or --clip")
                 optimiser.step()
                 step += 1
                 stage.after_step(step / steps)

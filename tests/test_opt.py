@@ -101,6 +101,29 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
     pareto(Path("parent"), Path("table"), "200", ["autorep"], **SHORT, lr=0.01)  # takes its finished row
     (row,) = json.loads(Path("table/pareto.json").read_text())["rows"]
     assert row["validation_images"] == len(kept) - 1
+    compile_network(Path("heir"), Path("compiled"), images=4)
+    capsys.readouterr()
+    for held_out, count in ((0, len(kept)), (len(kept) - 1, len(kept) - 1)):  # a compiled model does not say what it was trained on
+        evaluate(Path("compiled"), held_out=held_out, as_json=True)
+        out, err = capsys.readouterr()
+        assert json.loads(out)["images"] == count and ("--held-out" in err) == (held_out == 0)
+    with pytest.raises(SystemExit):
+        evaluate(Path("parent"), held_out=len(kept))
+    refused(capsys, "no training took in")
+    for number in range(20):  # other images validate then, which the network may know
+        Image.new("RGB", (16, 16)).save(place / "data" / "train" / "cat" / f"more-{number}.png")
+    for again in (lambda: evaluate(Path("heir")), lambda: train(Path("next"), start=Path("heir"), **SHORT),
+                  lambda: reduce([Path("parent")], Path("next"), budget=200, lr=0.01, **SHORT)):
+        with pytest.raises(SystemExit):
+            again()
+        refused(capsys, "trained on some of the validation images, here are others")
+
+
+def test_a_network_for_a_target_without_squares_is_of_degree_1(place: Path) -> None:
+    reduce([Path("teacher")], Path("lines"), target_bytes=300_000, lr=0.01, **SHORT)
+    model, info = load_network(Path("lines"))
+    squares = sum(layer.count(SQUARE) for layer in partial_activations(model).values())
+    assert squares == info.made_by["details"]["squares"] == 0 and table_row(info, "lines")["degree"] == 1
 
 
 def test_evaluation_gives_accuracy_and_cross_entropy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +177,7 @@ def test_a_reduction_starts_from_a_reduced_network(place: Path, capsys: pytest.C
 
     for start, words, settings in (("teacher", "not of autorep", {}), ("first", "a snl run cannot start", {"method": "snl"}),
                                    ("first", "a cost run cannot start", {"target_bytes": 10**6}),
+                                   ("first", "range_penalty", {"option": ["range_penalty=0"]}),
                                    ("first", "made with degree=1, which stays", {"option": ["degree=2"]})):
         with pytest.raises(SystemExit):
             reduce([Path("teacher")], Path("out"), start=Path(start), run=place / "out-run", **({"budget": 50} | settings), **common)

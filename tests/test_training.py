@@ -60,6 +60,9 @@ def test_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
     assert len((tmp_path / "halved" / "log.csv").read_text().splitlines()) == 5
     with pytest.raises(TrainingError, match=r"other settings \(lr\)"):
         fit(model(), train, validation, Recipe(epochs=4, batch=32, lr=0.06), tmp_path / "halved")
+    (tmp_path / "halved" / "checkpoint.pt").unlink()
+    fit(model(), train, validation, replace(recipe, epochs=1), tmp_path / "halved")
+    assert len((tmp_path / "halved" / "log.csv").read_text().splitlines()) == 2  # the attempt that was given up is no part of it
 
 
 def test_damaged_checkpoint(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ Three stages: (1) the sensitivity of a layer's ReLUs is 1 - the density its weig
 split in proportion. (2) A student with masked ReLUs learns from the teacher; after every epoch each layer's mask becomes the pixels at
 which student and teacher activations differ most. (3) The mask is fixed; the fine-tuning loss adds the mismatch of attention maps at the
 end of each stage of the network (PRAM). SENet++ trains several widths in one network: `model_opt.methods.slimmable`.
+
+Other than published: the student starts from the teacher's weights, not from random ones, and each of the three stages has a whole cycle
+of the recipe's rate, not a constant one.
 """
 
 from __future__ import annotations
