@@ -31,13 +31,13 @@ def elements(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def test_a_full_disk_costs_the_cache_only(tmp_path: Path) -> None:
     """Where files can be made but not written the loops are compiled all the same."""
-    resource = pytest.importorskip("resource")
-    code = ("import os, numpy as np\nfrom numba import types\nfrom protocol.kernels import _compiled\n"
+    pytest.importorskip("resource")
+    code = ("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+            "import os, numpy as np\nfrom numba import types\nfrom protocol.kernels import _compiled\n"
             "@_compiled(types.Array(types.int64, 1, 'C'))\ndef first(x):\n    x[0] = 7\n"
             "x = np.zeros(1, np.int64)\nfirst(x)\nprint(x[0], len(os.listdir(os.environ['NUMBA_CACHE_DIR'])))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=240, check=False,
-                          env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+                          env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("7 ")
 
