@@ -20,7 +20,8 @@ from model_opt.published import CIFAR10
 
 KINDS = {"relu": RELU, "square": SQUARE, "linear": LINEAR, "identity": IDENTITY}
 COLOURS = {"relu": "#d1495b", "square": "#2e86ab", "linear": "#8fb996", "identity": "#d9d9d9"}
-METHOD_COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+_STRONG_AND_LIGHT = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+METHOD_COLOURS = _STRONG_AND_LIGHT[::2] + _STRONG_AND_LIGHT[1::2]
 
 
 @dataclass(frozen=True)
