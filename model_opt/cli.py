@@ -226,7 +226,7 @@ def _sources(teacher: nn.Module, infos: Sequence[files.NetworkInfo], dataset: da
     taken, known = taken_in(infos), "".join(sorted(folded_data(infos)))  # one, since they are of the same data
     return {"teacher": digest(teacher), "dataset": dataset.name, "data": [split.digest() for split in splits],
             **({"start": digest(start)} if start is not None else {}),
-            **({"mentors": [digest(model) for model in mentors]} if mentors else {}), 
+            **({"mentors": [digest(model) for model in mentors]} if mentors else {}),
             **({"fold_in": taken} if taken else {}), **({"validation_data": known} if known else {})}
 
 

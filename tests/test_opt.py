@@ -122,6 +122,8 @@ def test_images_that_a_lineage_was_trained_on_do_not_validate(place: Path, capsy
 def test_a_network_for_a_target_without_squares_is_of_degree_1(place: Path) -> None:
     reduce([Path("teacher")], Path("lines"), target_bytes=300_000, lr=0.01, **SHORT)
     model, info = load_network(Path("lines"))
+    with pytest.raises(SystemExit):
+        reduce([Path("teacher")], Path("twice"), target_bytes=300_000, option=["target_bytes=5"], **SHORT)
     squares = sum(layer.count(SQUARE) for layer in partial_activations(model).values())
     assert squares == info.made_by["details"]["squares"] == 0 and table_row(info, "lines")["degree"] == 1
 
