@@ -33,10 +33,9 @@ from model_opt.training import write_atomically
 from protocol.errors import InputError, StorageError
 from protocol.links import LINKS
 from protocol.model import Model, load
-from protocol.terminal import exit_on_error
+from protocol.terminal import Program, exit_on_error
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Measure private inference.")
+app = Program("relucent-bench", "Measure private inference.")
 MAX_BATCH = 256
 """Of the server."""
 Emulation = Annotated[str, typer.Option(help="How slow links are made: netem (Linux, root), relay, or auto: netem where it works.")]

@@ -65,7 +65,7 @@ def measure_methods(paths: Sequence[Path], data: Path, images: int, runs: int, d
         model = compile_model(network, calibration, name=name, classes=info.classes, mean=info.mean, std=info.std, eight_bits=True)
         row = next((row for row in rows if row.get("sha256") == checksum), None)
         if row is None:
-            row = {key: value for key, value in listed.items() if key != "details"} | {"sha256": checksum, "dataset": source.name}
+            row = {**listed, "sha256": checksum, "dataset": source.name}
             say(f"{name}: float accuracy")
             row["test_accuracy"] = accuracy(network, unseen)
             say(f"{name}: fixed-point accuracy")

@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # files only; no window system is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from model_opt.published import PUBLISHED
 from model_opt.show import METHOD_COLOURS, draw_pareto
 from model_opt.training import write_atomically
 from protocol.errors import InputError
@@ -244,8 +245,9 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 def plot_methods(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against ReLUs, a line for each method on each network, and published results."""
     named = [row | {"series": f"{row.get('series', row['label'])}, {network_name(_origin(row, rows))}"} for row in rows]
-    published = all(row["dataset"] == "cifar10" for row in rows)
-    draw_pareto(named, path, "Ours, and published results of larger networks" if published else "Ours", published)
+    datasets = {row["dataset"] for row in rows}
+    published = datasets.pop() if len(datasets) == 1 else ""
+    draw_pareto(named, path, "Ours, and published results" if published in PUBLISHED else "Ours", published)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -482,9 +484,9 @@ def accuracy_table(methods: dict[str, Any]) -> list[str]:
     subject, images = _subject(methods), _private_images(methods)
     lines = [[r["label"] + _course(r), subject(r), f"{r['relus']:,}",
               *(f"{100 * r[key]:.2f}" for key in ("test_accuracy", "fixed_point_accuracy")), f"{100 * r['private_accuracy']:.1f}",
-              f"{r['online_bytes'] / 1e6:.2f}", str(r["epochs"])] for r in longest.values()]
+              f"{r['online_ms']:.0f}", f"{r['online_bytes'] / 1e6:.2f}", str(r["epochs"])] for r in longest.values()]
     return _table(("method", "network", "ReLUs", "float", "fixed point", f"private, first {images}",
-                   "online MB", "epochs"), lines)
+                   "online ms", "online MB", "epochs"), lines)
 
 
 def methods_table(methods: dict[str, Any]) -> list[str]:

@@ -18,10 +18,9 @@ from rich.table import Table
 from client.api import Client, default_stock, list_models
 from protocol.errors import InputError
 from protocol.images import check_image, load_image
-from protocol.terminal import exit_on_error
+from protocol.terminal import Program, exit_on_error
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Classify images on a server that never sees them.")
+app = Program("relucent-client", "Classify images on a server that never sees them.")
 
 
 Server = Annotated[str, typer.Option(help="HOST:PORT of the server.")]

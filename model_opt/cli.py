@@ -44,12 +44,11 @@ from model_opt.training import (
 )
 from protocol import model as compiled
 from protocol.errors import InputError, ModelFileError
-from protocol.terminal import exit_on_error
+from protocol.terminal import Program, exit_on_error
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Train networks, reduce their ReLUs, and compile them for private inference.")
-ERRORS = (datasets.DataError, files.NetworkFileError, compiler.CompileError, methods.BudgetError, TrainingError)
 PROGRAM = "relucent-opt"
+app = Program(PROGRAM, "Train networks, reduce their ReLUs, and compile them for private inference.")
+ERRORS = (datasets.DataError, files.NetworkFileError, compiler.CompileError, methods.BudgetError, TrainingError)
 
 Data = Annotated[Path, typer.Option("--data", help="Folder that holds the data set in its official layout.")]
 DatasetName = Annotated[str, typer.Option("--dataset", help=f"auto, {', '.join(datasets.DATASETS)}.")]
@@ -291,7 +290,7 @@ def train(
     dataset: DatasetName = "auto",
     image_size: ImageSize = 0,
     network: Annotated[str, typer.Option(help=f"Architecture: {', '.join(NETWORKS)}.")] = "resnet18",
-    width: Annotated[int, typer.Option(help="Channels of the first stage; 0 for the architecture's standard.", min=0)] = 32,
+    width: Annotated[int, typer.Option(help="Channels of the first stage; 0 for the architecture's standard.", min=0)] = 0,
     epochs: Epochs = 15,
     batch: Batch = 256,
     lr: Rate = 0.2,
@@ -417,9 +416,11 @@ def reduce(
     budget: Annotated[int | None, typer.Option(help="ReLUs per image that may remain.")] = None,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(methods.METHODS)}; default autorep, or cost with a target.")] = None,
     option: MethodOption = None,
-    target_ms: Annotated[float | None, typer.Option(help="Online latency to meet instead of a budget (method cost).", min=0)] = None,
+    target_ms: Annotated[float | None, typer.Option(
+        help="Online latency to meet instead of a budget, as predicted from this machine's compute and the link's round trips and bytes "
+             "(method cost).", min=0)] = None,
     target_bytes: Annotated[int | None, typer.Option(
-        help="Online bytes of one image, both ways together, to meet instead of a budget (method cost).", min=0)] = None,
+        help="Online bytes of one image, both ways together, without framing, to meet instead of a budget (method cost).", min=0)] = None,
     link: Link = None,
     folder: Data = Path("data"),
     dataset: DatasetName = "auto",
@@ -528,6 +529,8 @@ def pareto(
     splits = _fitting(source, [info], teacher)
     sources = _sources(parent, [info], source, splits)
     unseen = replace(source.load_test(), mean=info.mean, std=info.std) if test else None
+    if unseen is not None:
+        files.check_fits(source, unseen.shape, info, teacher)
     title = f"{info.network} width {info.width}, {total:,} ReLUs, {source.name}"
     rows: list[dict[str, Any]] = []
     impossible: list[dict[str, Any]] = []
@@ -564,14 +567,14 @@ def pareto(
                         row["test_accuracy"] = accuracy(files.load_network(out / row["file"])[0], unseen)
                         _write(facts, json.dumps({"rows": made}, indent=1).encode())
                 rows += made
-                _report(rows, impossible, out, title, source.name == "cifar10")
+                _report(rows, impossible, out, title, source.name)
     if not first:
         return
     for row in impossible:
         print(f"{row['label']} at {row['budget']:,} ReLUs: {row['reason']}")
     if not rows:
         raise InputError("no network was made", "choose other --budgets")
-    _report(rows, impossible, out, title, source.name == "cifar10")
+    _report(rows, impossible, out, title, source.name)
     table = Table("method", "budget", "ReLUs", "seed", "validation", "test")
     for row in rows:
         test_text = "" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}"
@@ -581,7 +584,7 @@ def pareto(
     print(f"wrote {out}/pareto.json, pareto.csv and pareto.png")
 
 
-def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: Path, title: str, published: bool) -> None:
+def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: Path, title: str, published: str) -> None:
     from model_opt.show import draw_pareto  # matplotlib takes a second to import
 
     _write(out / "pareto.json", json.dumps({"rows": rows, "impossible": impossible}, indent=1).encode())
@@ -597,16 +600,17 @@ def _report(rows: list[dict[str, Any]], impossible: list[dict[str, Any]], out: P
         raise TrainingFailure(f"cannot write {out / 'pareto.png'}: {error.strerror}") from error
 
 
-def _load_masks(file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Name and masks, from the first layer to the last, of a float network or a compiled model."""
+def _load_masks(file: Path) -> tuple[str, dict[str, Tensor], str]:
+    """Name and masks, from the first layer to the last, of a float network or a compiled model, and what the latter does not hold."""
     try:
         model, info = files.load_network(file)
     except files.NetworkFileError:
         public = _load_compiled(file).public
-        return public.name, {node.name: public.masks[node.name] for node in public.nodes if node.name in public.masks}
+        masks = {node.name: public.masks[node.name] for node in public.nodes if node.name in public.masks}
+        return public.name, masks, "compiled: layers without a ReLU or a square are not in the file"
     if not info.partial:
         raise InputError(f"{file} is not reduced: every activation is a ReLU", "pass a network from `reduce` or a compiled model")
-    return f"{info.network} width {info.width}", {name: layer.mask for name, layer in partial_activations(model).items()}
+    return f"{info.network} width {info.width}", {name: layer.mask for name, layer in partial_activations(model).items()}, ""
 
 
 def _load_compiled(file: Path) -> compiled.Model:
@@ -626,14 +630,14 @@ def show(
     """Where FILE's ReLUs remain, layer by layer."""
     from model_opt.show import KINDS, count_layers, draw_masks
 
-    name, masks = _load_masks(file)
+    name, masks, note = _load_masks(file)
     layers = count_layers(masks)
     total = {kind: sum(layer.counts[kind] for layer in layers) for kind in KINDS}
     if as_json:
         rows = [{"name": layer.name, "shape": layer.shape, **layer.counts} for layer in layers]
         print(json.dumps({"name": name, "total": total, "layers": rows}))
     else:
-        table = Table("layer", "shape", *KINDS, "kept", title=name)
+        table = Table("layer", "shape", *KINDS, "kept", title=name, caption=note or None)
         for layer in layers:
             pixels = sum(layer.counts.values())
             share = layer.counts["relu"] / pixels
@@ -644,7 +648,7 @@ def show(
         Console().print(table)
     if plot is not None:
         try:
-            draw_masks(masks, f"{name}: {total['relu']:,} of {sum(total.values()):,} ReLUs", plot)
+            draw_masks(masks, f"{name}: {total['relu']:,} of {sum(total.values()):,} ReLUs{note and ' (' + note + ')'}", plot)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot write {plot}: {error}", "use a name that ends in .png, .pdf or .svg") from error
 

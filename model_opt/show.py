@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from model_opt.activation import IDENTITY, LINEAR, RELU, SQUARE
-from model_opt.published import CIFAR10
+from model_opt.published import PUBLISHED
 
 KINDS = {"relu": RELU, "square": SQUARE, "linear": LINEAR, "identity": IDENTITY}
 COLOURS = {"relu": "#d1495b", "square": "#2e86ab", "linear": "#8fb996", "identity": "#d9d9d9"}
@@ -74,11 +74,11 @@ def draw_masks(masks: dict[str, Tensor], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, published: bool) -> None:
+def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, published: str) -> None:
     """Accuracy against ReLUs on a log scale, a line for each series, that is a method with its settings.
 
     The scale is linear near 0 if there are networks without ReLUs.
-    published: add literature's CIFAR-10 points, hollow.
+    published: data set whose points in the literature, on its test images, are added, hollow; "" for none.
     """
     figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
     measure = "test_accuracy" if all(row.get("test_accuracy") is not None for row in rows) else "validation_accuracy"
@@ -86,12 +86,11 @@ def draw_pareto(rows: Sequence[dict[str, Any]], path: Path, title: str, publishe
     for colour, name in zip(METHOD_COLOURS * 3, sorted(set(series))):
         points = sorted((row["relus"], 100 * row[measure]) for row, own in zip(rows, series) if own == name)
         axis.plot(*zip(*points), "o-", color=colour, label=name)
-    if published:
-        markers = dict(zip(dict.fromkeys(r.method for r in CIFAR10), "s^Dvp"))
-        for method, marker in markers.items():
-            points = [(r.relus, r.accuracy) for r in CIFAR10 if r.method == method]
-            kind = next(r.replacement for r in CIFAR10 if r.method == method)
-            axis.plot(*zip(*points), marker, color="grey", mfc="none", ms=6, label=f"published: {method} ({kind})")
+    marks = PUBLISHED.get(published, [])
+    for method, marker in zip(dict.fromkeys(r.method for r in marks), "s^Dvp"):
+        points = [(r.relus, r.accuracy) for r in marks if r.method == method]
+        kind = next(r.replacement for r in marks if r.method == method)
+        axis.plot(*zip(*points), marker, color="grey", mfc="none", ms=6, label=f"published, test: {method} ({kind})")
     axis.set_xscale("log")
     if any(row["relus"] == 0 for row in rows):
         least = 10 ** math.floor(math.log10(min((row["relus"] for row in rows if row["relus"]), default=1000)))

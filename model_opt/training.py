@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from model_opt.activation import partial_activations
+from model_opt.activation import PartialActivation, partial_activations
 from model_opt.data import CUTOUT, SHIFT, Split, batches
-from model_opt.networks import device_of
+from model_opt.networks import activation_shapes, device_of
+from protocol.errors import out_of_memory
 from protocol.model import tensors_digest
 
 NORM_IMAGES = 4000
@@ -37,6 +38,8 @@ QUICK_IMAGES = 1000
 """Images of the validation between epochs; the last one takes them all."""
 CLIP = 5.0
 """Largest norm of a gradient if nobody says otherwise."""
+MEMORY = Path("/proc/meminfo")
+"""Where Linux says how much memory is free."""
 GROW_FROM, GROW_UNTIL = 0.3, 0.8
 """Fractions of a run between which the images grow from `start_size`."""
 
@@ -354,7 +357,7 @@ def shortages(folder: Path, batch: int) -> Iterator[None]:
     except OSError as error:
         raise TrainingFailure(f"cannot write to {folder}: {error.strerror}; {_kept(folder)}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if out_of_memory(error):
             raise TrainingFailure(f"out of memory at a batch of {batch} images; use a smaller --batch; {_kept(folder)}") from error
         raise
 
@@ -397,6 +400,22 @@ def _check_disk(folder: Path, model: nn.Module, averaged: bool) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingFailure(f"{folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB; choose another --run")
+
+
+def _check_memory(model: nn.Module, shape: tuple[int, ...], recipe: Recipe) -> None:
+    """Before the kernel ends a process that asked for too much: what one step takes at least, where the system says what is free.
+
+    That is two bytes for the input of each activation, which the backward pass needs; steps take several times that.
+    """
+    try:
+        free = next(1024 * int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+        shapes = [s for kind in (nn.ReLU, PartialActivation) for s in activation_shapes(model, shape, kind).values()]
+    except (OSError, StopIteration, ValueError):  # no Linux, or a network that calls one module several times
+        return
+    needed = 2 * recipe.batch // world()[1] * sum(map(math.prod, shapes))
+    if needed > free:
+        raise TrainingFailure(f"a batch of {recipe.batch} images takes at least {needed >> 20} MiB, {free >> 20} MiB are free; "
+                              "use a smaller --batch")
 
 
 def _optimiser(model: nn.Module, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.SGD:
@@ -442,6 +461,7 @@ def _fit(model: nn.Module, train: Split, validation: Split, recipe: Recipe, fold
     where, (rank, processes) = device(), world()
     _check_disk(folder, model, recipe.ema > 0)
     if where.type == "cpu":
+        _check_memory(model, train.shape, recipe)
         _keep_memory()
     model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if teacher is not None:

@@ -33,6 +33,11 @@ def one_line(text: str, limit: int = 500) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's own error, or PyTorch's, which is a RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+
+
 class InputError(RelucentError):
     """The user's own input is wrong."""
 

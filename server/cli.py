@@ -14,17 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from protocol.terminal import exit_on_error
+from protocol.terminal import Program, exit_on_error
 from protocol.tls import Identity, check_name
 from server.certificates import DAYS, Authority, holder
 from server.config import DatabaseSettings, DealerSettings, ServerSettings, Settings, read_settings
 from server.logs import set_up
 from server.state import State, open_state, without_password
 
-server_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                         help="Serve compiled models for private inference.")
-dealer_app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                         help="Deal correlated randomness to servers and their clients.")
+server_app = Program("relucent-server", "Serve compiled models for private inference.")
+dealer_app = Program("relucent-dealer", "Deal correlated randomness to servers and their clients.")
 token_app = typer.Typer(no_args_is_help=True, help="API tokens of clients; changes count at once, without a restart.")
 server_app.add_typer(token_app, name="token")
 

@@ -23,7 +23,7 @@ from model_opt.methods.autorep import AutoRep, Options, check_start
 from model_opt.methods.base import keep_largest, split_epochs
 from model_opt.methods.deepreduce import Shape, candidates, pareto_set, shaped
 from model_opt.methods.features import stages, weights_before
-from model_opt.methods.senet import Mismatch, Pruning, allocate, attention, sensitivities, whole_channels
+from model_opt.methods.senet import Mismatch, Pruning, allocate, attention, restart, sensitivities, whole_channels
 from model_opt.methods.senet import Options as SenetOptions
 from model_opt.methods.slimmable import make_slimmable, set_factor
 from model_opt.methods.snl import Options as SnlOptions
@@ -526,6 +526,31 @@ def test_kept_pixels_are_dropped_by_the_published_mismatch_and_stay_by_that_agai
     assert torch.equal(masks["line"][1], masks["line"][2])
     with pytest.raises(ValueError, match="unknown mismatch"):
         SenetOptions(mismatch="input")
+
+
+def test_senets_student_starts_from_the_teacher_or_anew(teacher: nn.Module, tmp_path: Path) -> None:
+    first, second = deepcopy(teacher), deepcopy(teacher)
+    state = torch.random.get_rng_state()
+    for student in (first, second):
+        restart(student, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for (name, mine), again, before in zip(first.named_parameters(), second.parameters(), teacher.parameters()):
+        assert torch.equal(mine, again) and not torch.equal(mine, before), name
+    norm = next(m for m in first.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.running_var is not None and bool((norm.running_var == 1).all())
+    with pytest.raises(ValueError, match="unknown init"):
+        SenetOptions(init="student")
+    still = replace(SHORT, lr=1e-9)  # nothing is learnt: what the student began with shows
+    results = [run(teacher, "senet", tmp_path / init, recipe=still, init=init) for init in ("teacher", "random")]
+    kernels = [result.model.get_submodule("conv1").weight for result in results]
+    origin = teacher.get_submodule("conv1").weight
+    assert torch.allclose(kernels[0], origin, atol=1e-4) and not torch.allclose(kernels[1], origin, atol=1e-2)
+
+
+def test_further_teachers_must_have_the_models_images_and_outputs(teacher: nn.Module, tmp_path: Path) -> None:
+    for other in (build("resnet18", 4, 7), nn.Sequential(nn.Flatten(), nn.Linear(5, 10))):
+        with pytest.raises(BudgetError, match="a further teacher"):
+            run(teacher, "autorep", tmp_path, teachers=[other])
 
 
 def test_attention_maps_have_unit_length() -> None:

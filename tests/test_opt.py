@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from model_opt.datasets import open_dataset
 from model_opt.files import load_network, serialise_network
 from model_opt.methods import count_all
 from model_opt.networks import build
-from model_opt.published import CIFAR10
+from model_opt.published import PUBLISHED
 from model_opt.runs import table_row, taken_in
 from model_opt.show import draw_pareto
 from model_opt.training import TrainingError, average, digest
@@ -363,6 +364,15 @@ def test_pareto_notes_impossible_budgets_and_reshaped_widths(place: Path, capsys
     refused(capsys, "no network was made")
 
 
+def test_test_images_of_another_size_are_refused_before_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("data/test")
+    folders(Path("data"), ("test",), (20, 20))
+    with pytest.raises(SystemExit):
+        pareto(Path("teacher"), Path("table"), "200", ["snl"], test=True, **SHORT)
+    refused(capsys, "3x20x20")
+    assert not Path("table").exists()
+
+
 def test_settings_that_cannot_be(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for budgets, method, words in (("inf%", "autorep", "numbers separated by commas"), ("200", "senet:widths=0.5,a", "list of numbers"),
                                    ("200", "snl:search=0.5,threshold=-1", "threshold")):
@@ -429,7 +439,8 @@ def test_show_counts_and_draws(place: Path, capsys: pytest.CaptureFixture[str]) 
         assert Image.open("masks.png").size[0] > 500
         Path("masks.png").unlink()
         show(file)
-        assert f"{count_relus(network):,}" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"{count_relus(network):,}" in text and ("not in the file" in text) == (name == "both")
     for file, plot, words in (("teacher", None, "not reduced"), ("reduced", Path("masks.nothing"), "cannot write"), ("none", None, "none")):
         with pytest.raises(SystemExit):
             show(Path(file), plot=plot)
@@ -457,7 +468,7 @@ def test_published_results_are_drawn_beside_ours(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("model_opt.show.plt.close", figures.append)
     rows = [{"label": label, "relus": relus, "validation_accuracy": 0.9, "test_accuracy": tested}
             for label, relus, tested in (("snl", 300, 0.8), ("snl", 100, 0.7), ("autorep", 0, None))]
-    for chosen, published in ((rows, True), (rows[:2], False)):
+    for chosen, published in ((rows, "cifar10"), (rows[:2], "")):
         draw_pareto(chosen, tmp_path / "p.png", "title", published)
     (ours, marks), (tested, none) = ([[line for line in figure.axes[0].get_lines() if line.get_label().startswith("published") == kind]
                                       for kind in (False, True)] for figure in figures)
@@ -465,5 +476,5 @@ def test_published_results_are_drawn_beside_ours(tmp_path: Path, monkeypatch: py
     assert list(ours[1].get_xdata()) == [100, 300] and list(ours[1].get_ydata()) == [90, 90]  # validation: one row has no test accuracy
     assert list(ours[0].get_xdata()) == [0] and [figure.axes[0].get_xscale() for figure in figures] == ["symlog", "log"]
     assert list(tested[0].get_ydata()) == [70, 80] and not none
-    points = {(r.relus, r.accuracy) for r in CIFAR10}
+    points = {(r.relus, r.accuracy) for r in PUBLISHED["cifar10"]}
     assert {point for line in marks for point in zip(line.get_xdata(), line.get_ydata())} == points

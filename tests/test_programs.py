@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def test_three_processes_classify(roles: Roles, tmp_path: Path, mixed_model: Mod
 def mistake(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert "error: " in done.stderr.lower() or "Error" in done.stderr
+    errors = [line for line in done.stderr.splitlines() if re.match(r"relucent-\w+: error: ", line)]
+    assert len(errors) == 1, done.stderr
     for word in words:
         assert word in done.stderr
 
@@ -122,7 +124,7 @@ def test_opt_mistakes(tmp_path: Path, model_path: Path) -> None:
 
     teacher = tmp_path / "teacher.safetensors"
     teacher.write_bytes(serialise_network(build("resnet18", 4), network_info()))
-    for budget, word in ((-1, "negative"), (10**9, "exceeds")):
+    for budget, word in ((-1, "negative"), (10**9, "exceeds"), (10**9, "hint: pass 0 to")):
         done = program("opt", "reduce", "--teacher", teacher, "--budget", budget, "--out", tmp_path / "o", "--data", tmp_path)
         mistake(done, 2, word)
     mistake(program("opt", "compile", tmp_path / "none", "--out", tmp_path / "o"), 2, "does not exist")
@@ -243,6 +245,44 @@ def test_a_full_disk_is_one_line_wherever_it_shows(capsys: pytest.CaptureFixture
                                                     "relucent-bench: hint: free some space"]
     with pytest.raises(OSError, match="Input/output"):  # of ours to explain, or a bug
         command(errno.EIO)
+    with pytest.raises(SystemExit) as stopped:
+        command(errno.EACCES)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == ["relucent-bench: error: cannot use /tmp/model: Permission denied",
+                                                    "relucent-bench: hint: check the path and its permissions"]
+
+
+def test_memory_that_runs_out_is_one_line_wherever_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_error("relucent-opt")
+    def command(error: Exception) -> None:
+        raise error
+
+    for shortage in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")):
+        with pytest.raises(SystemExit) as stopped:
+            command(shortage)
+        assert stopped.value.code == 1
+        first, second = capsys.readouterr().err.splitlines()
+        assert first == "relucent-opt: error: out of memory" and second.startswith("relucent-opt: hint: use a smaller batch")
+    with pytest.raises(RuntimeError, match="another"):
+        command(RuntimeError("another"))
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [
+    ("opt", ["reduce", "--budget", "abc"], "--budget"), ("opt", ["reduce", "--budget", "12.5"], "valid integer"),
+    ("opt", ["train"], "--out"), ("opt", ["redcue"], "redcue"), ("client", ["classify", "--timeout", "soon"], "--timeout"),
+    ("server", ["token", "lend"], "lend"), ("dealer", ["serve", "--nowhere"], "--nowhere"), ("bench", ["latency", "--runs", "0"], "--runs"),
+])
+def test_mistakes_in_options_are_one_line_and_a_hint(name: str, arguments: list[str], words: str) -> None:
+    done = program(name, *arguments)
+    mistake(done, 2, words)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 2
+    assert done.stderr.splitlines()[1].startswith(f"relucent-{name}: hint: see `relucent-{name}")
+
+
+def test_no_arguments_ask_for_help() -> None:
+    done = program("opt")
+    assert done.returncode == 2 and "reduce" in done.stdout + done.stderr and "error" not in done.stderr
+    assert program("opt", "reduce", "--help").returncode == 0
 
 
 def test_measuring_mistakes_keep_the_stored_result(tmp_path: Path) -> None:

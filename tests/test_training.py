@@ -245,6 +245,13 @@ def test_shortages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(module, "distillation_loss", exhausted)
         with pytest.raises(TrainingError, match=r"out of memory at a batch of 32 images; use a smaller --batch"):
             fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path, teacher=build("resnet18", 4))
+    little = tmp_path / "meminfo"
+    little.write_text("MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")  # a batch of 32 takes 2,176 KiB at least: 34,816 activations
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MEMORY", little)
+        with pytest.raises(TrainingError, match="a batch of 32 images takes at least 2 MiB, 0 MiB are free"):
+            fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=32), tmp_path)
+        fit(build("resnet18", 4), learnable(64), learnable(10), Recipe(epochs=1, batch=8), tmp_path / "smaller")
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(TrainingError, match="MiB free"):

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from model_opt import compiler
@@ -16,6 +17,7 @@ from model_opt.data import Split
 from model_opt.datasets import Dataset
 from model_opt.methods import autorep, cost, deepreduce, senet, snl
 from model_opt.methods.base import BudgetError, Reduced, Task, check_budget, count_all
+from model_opt.networks import device_of
 from model_opt.training import Recipe, Stage
 
 METHODS: dict[str, tuple[type[Any], Callable[[Task, Any], Reduced]]] = {
@@ -72,6 +74,9 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     if teachers and (method == "senet" or not distil):
         raise BudgetError("further teachers do not go with " + ("method senet" if distil else "no distillation"))
     outputs = compiler.check(model, train.shape)
+    for further in teachers:
+        if _outputs(further, train.shape) != outputs:
+            raise BudgetError("a further teacher does not take the model's images, or gives other outputs than the model does")
     check_budget(budget, count_all(model, train.shape))
     classes = len(data.classes) if isinstance(data, Dataset) else 1 + int(max(train.labels.max(), validation.labels.max()))
     if len(outputs) != 1 or classes > outputs[0] or (isinstance(data, Dataset) and classes != outputs[0]):
@@ -80,6 +85,18 @@ def reduce(model: nn.Module, *, method: str = "autorep", budget: int, data: Data
     task = Task(model, int(budget), train, validation, recipe or Recipe(epochs=15, lr=0.05, warmup=0.1), Path(folder), distil, rebuild,
                 shared, start, teachers, logits)
     return METHODS[method][1](task, chosen)
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of what an image gives, without the batch; None if the network does not take such images."""
+    training = network.training
+    try:
+        return tuple(network.eval()(torch.zeros(1, *shape, device=device_of(network))).shape[1:])
+    except RuntimeError:
+        return None
+    finally:
+        network.train(training)
 
 
 def fits(reduced: nn.Module, model: nn.Module, shape: tuple[int, ...]) -> bool:

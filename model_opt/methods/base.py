@@ -21,7 +21,11 @@ from model_opt.training import Recipe, Stage, digest
 
 
 class BudgetError(ValueError):
-    """The ReLU budget cannot be met. The message says why."""
+    """The ReLU budget cannot be met. The message says why, `hint` what to do about it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def count_all(model: nn.Module, input_shape: tuple[int, ...]) -> int:
@@ -35,9 +39,9 @@ def count_all(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 def check_budget(budget: int, total: int) -> None:
     """Raise BudgetError unless the budget is a whole number of ReLUs, 0 <= budget <= total."""
     if not isinstance(budget, Integral) or budget < 0:
-        raise BudgetError(f"the budget must be a whole number of ReLUs and not negative, got {budget!r}")
+        raise BudgetError(f"the budget must be a whole number of ReLUs and not negative, got {budget!r}", f"pass 0 to {total}")
     if budget > total:
-        raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}")
+        raise BudgetError(f"the budget of {budget:,} ReLUs exceeds the network's {total:,}", f"pass 0 to {total}")
 
 
 def check_values(options: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:

@@ -5,8 +5,8 @@ split in proportion. (2) A student with masked ReLUs learns from the teacher; af
 which student and teacher activations differ most. (3) The mask is fixed; the fine-tuning loss adds the mismatch of attention maps at the
 end of each stage of the network (PRAM). SENet++ trains several widths in one network: `model_opt.methods.slimmable`.
 
-Other than published: the student starts from the teacher's weights, not from random ones, and each of the three stages has a whole cycle
-of the recipe's rate, not a constant one.
+Other than published: the student starts from the teacher's weights, which suits short runs (random ones, as published: the option
+`init`), and each of the three stages has a whole cycle of the recipe's rate, not a constant one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Options:
     (as published), or "line", what a line would give in its place. A pixel that keeps its ReLU differs little from the teacher, so
     the published form drops most of the kept pixels after an epoch, which "line" does not.
     gamma, alpha: weights of cross entropy and distillation in stage 3; stage 2 weighs them equally.
+    init: the student's first weights: "teacher", or "random" (as published).
     beta: weight of the PRAM loss. tune_lr: peak rate of stage 3, as a fraction of the recipe's.
     widths: narrower widths to train along in stage 3, such as (0.5,): SENet++.
     """
@@ -45,6 +46,7 @@ class Options:
     search: float = 0.4
     granularity: str = "pixel"
     mismatch: str = "output"
+    init: str = "teacher"
     gamma: float = 0.1
     alpha: float = 0.5
     beta: float = 1000.0
@@ -55,6 +57,8 @@ class Options:
         check_granularity(self.granularity)
         if self.mismatch not in ("output", "line"):
             raise ValueError(f"unknown mismatch {self.mismatch!r}; known: output, line")
+        if self.init not in ("teacher", "random"):
+            raise ValueError(f"unknown init {self.init!r}; known: teacher, random")
         for name, fractions in (("density", [self.density]), ("prune", [self.prune]), ("search", [self.search]), ("widths", self.widths)):
             if any(not 0 < fraction < 1 for fraction in fractions):
                 raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
@@ -228,6 +232,15 @@ class Pram(Stage):
             self.theirs.close()
 
 
+def restart(student: nn.Module, seed: int) -> None:
+    """Random first weights, by the modules' own rules and the same in all of torchrun's processes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in student.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+
 def reduce(task: Task, options: Options) -> Reduced:
     """SENet on the task's teacher. Raises BudgetError, TrainingError."""
     if not task.distil:
@@ -236,6 +249,8 @@ def reduce(task: Task, options: Options) -> Reduced:
         check_slimmable(task, options.widths)
     prune, search, tune = split_epochs(task.recipe, options.prune, options.search, 1)
     student = task.student()
+    if options.init == "random":
+        restart(student, task.recipe.seed)
     found, layers = sensitivities(task, options, prune), partial_activations(student).values()
     sensitivity = [found[name] for name in partial_activations(student)]
     counts = allocate(task.budget, sensitivity, [layer.mask.numel() for layer in layers])
