@@ -454,7 +454,7 @@ def _course(row: dict[str, Any]) -> str:
     fewest = [run["relus"] for part in later if part.get("relus_of") for run in part["besides"] if run["command"] == "reduce"]
     averaged += f", also with those of {min(fewest):,} ReLUs" if fewest else ""
     epochs = sum(run["epochs"] for part in later for run in (part, *part.get("besides", ())) if run["command"] != "reduce")
-    return begun + (f", then {epochs} epochs with the ReLUs fixed{averaged}" if later else "")
+    return begun + (f", then {epochs} epochs with the ReLUs fixed" if epochs else "") + averaged
 
 
 def _ordered(methods: dict[str, Any]) -> list[Row]:

@@ -369,7 +369,7 @@ def test_aims_are_of_their_own_base_and_batch(results: Path) -> None:
 def test_rows_of_several_data_sets_and_image_counts_are_told_apart() -> None:
     row = {"label": "snl", "method": "snl", "network": "resnet18", "width": 16, "relus": 9, "budget": 9, "seed": 0, "epochs": 6,
            "test_accuracy": 0.5, "fixed_point_accuracy": 0.5, "private_accuracy": 0.5, "private_images": 1000, "online_bytes": 1e6,
-           "dataset": "cifar10", "settings": {}, "validation_accuracy": 0.5}
+           "online_ms": 61.7, "dataset": "cifar10", "settings": {}, "validation_accuracy": 0.5}
     rows = {"rows": [row, row | {"dataset": "cifar100", "private_images": 100}]}
     lines = accuracy_table(rows)
     assert "private, first 100 or 1,000" in lines[0] and [line.split(" | ")[1] for line in lines[2:]] == [
@@ -381,7 +381,7 @@ def test_rows_of_several_data_sets_and_image_counts_are_told_apart() -> None:
     averaged = [{"command": "train", "epochs": 0}, {"command": "average", "epochs": 0}]
     for accuracy in (0.4, 0.6):  # of one that was trained and its average, the latter, whichever the test images like
         (chosen,) = accuracy_table({"rows": [row | {"later": averaged[:1]}, row | {"later": averaged, "test_accuracy": accuracy}]})[2:]
-        assert "weights averaged" in chosen
+        assert chosen.startswith("| snl, weights averaged | ") and " | 62 | 1.00 | " in chosen
     assert line.startswith("| snl, then 12 epochs with the ReLUs fixed, weights averaged, also with those of 5 ReLUs | ")
 
 
