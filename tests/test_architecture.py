@@ -39,11 +39,13 @@ def test_imports_go_one_way(path: Path) -> None:
     assert reached <= ALLOWED[package]
 
 
-def test_protocol_knows_no_sockets_but_in_transport() -> None:
-    outside = {"grpc", "socket", "asyncio", "argparse", "typer", "subprocess", "time"}
+def test_protocol_knows_no_sockets_but_in_transport_and_no_command_lines_but_in_terminal() -> None:
+    outside = {"grpc", "socket", "asyncio", "argparse", "subprocess", "time"}
     for path in (ROOT / "protocol").glob("*.py"):
         if path.name not in ("transport.py", "relucent_pb2_grpc.py"):
             assert not {n.split(".")[0] for n in imports(path)} & outside, path.name
+        if path.name != "terminal.py":
+            assert not imports(path) & {"typer", "protocol.terminal"}, path.name
 
 
 def test_crypten_is_touched_in_one_module() -> None:
